@@ -1,0 +1,1 @@
+"""Text in, batches out: tasks, vocabularies and the input pipeline."""

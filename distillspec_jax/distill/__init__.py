@@ -1,0 +1,1 @@
+"""Distillation: divergences, data sources, losses, the step and the named recipes."""

@@ -1,0 +1,22 @@
+"""The one exception for bad input, and the helper that suggests the nearest valid name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input, told in one sentence: what is wrong, where, and what would be right.
+
+    Entrypoints print it as `error: ...` and leave with exit code 2.
+    """
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], where: str = "") -> UserError:
+    """Returns the error for a `name` that is not among `known`, with the nearest valid one."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
+    place = f" in {where}" if where else ""
+    return UserError(f"unknown {kind} '{name}'{place}; {hint}")

@@ -1,0 +1,1 @@
+"""Measuring drafts: acceptance, latency and task quality."""

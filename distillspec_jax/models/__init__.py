@@ -1,0 +1,1 @@
+"""Models: shapes, layers, caches and the transformer that drafts and targets share."""

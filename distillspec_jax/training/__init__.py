@@ -1,0 +1,1 @@
+"""The training loop: state, optimisers, checkpoints and metrics."""
