@@ -1,0 +1,225 @@
+"""The layers of a T5 stack: norm, relative position bias, attention, MLP.
+
+Shapes: B batch, T query length, S key length, N heads, H head size, D model size, F MLP size.
+Projections that read the same input are one kernel (q/k/v, k/v, both gates): one large product
+is what a CPU and a matrix unit do well. Attention is not scaled by H**-0.5: T5 puts that factor
+into the initialisation of the query.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from distillspec_jax.models.config import ModelConfig
+
+KeysValues = tuple[jax.Array, jax.Array]  # each [B, N, S, H]
+Remember = Callable[[jax.Array, jax.Array], KeysValues]
+
+NEG_INF = -1e9  # finite: 0 * NEG_INF is 0, and a row that is masked whole gives no NaN
+
+ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+}
+
+
+def scaled_normal(scales: float | tuple[float, ...], axes: tuple[str | None, ...]) -> nn.initializers.Initializer:
+    """Normal initialiser with logical axis names; a tuple gives one scale per index of axis 1."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+        scale = jnp.asarray(scales, dtype)
+        scale = scale.reshape((1, -1) + (1,) * (len(shape) - 2)) if scale.ndim else scale
+        return jax.random.normal(key, shape, dtype) * jnp.broadcast_to(scale, shape)
+
+    return nn.with_logical_partitioning(init, axes)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + epsilon) * scale, without mean or bias, in float32: [..., D]."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+        scale = self.param("scale", ones, (self.config.d_model,))
+        x32 = x.astype(jnp.float32)
+        variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        normed = x32 * jax.lax.rsqrt(variance + self.config.layer_norm_epsilon)
+        return (normed * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
+
+
+def relative_buckets(
+    distances: np.ndarray, *, num_buckets: int, max_distance: int, bidirectional: bool
+) -> np.ndarray:
+    """Bucket of each relative position `distance = key position - query position`.
+
+    Half of the buckets are exact, the rest grow logarithmically up to `max_distance`; positions
+    beyond share the last one. `bidirectional` (encoder) splits the buckets by sign; otherwise
+    future keys fall into bucket 0 (they are masked anyway). Source: T5 (arXiv 1910.10683), 2.1.
+    """
+    offset = np.zeros_like(distances)
+    if bidirectional:
+        num_buckets //= 2
+        offset = np.where(distances > 0, num_buckets, 0)
+        distances = np.abs(distances)
+    else:
+        distances = np.maximum(-distances, 0)
+    exact = num_buckets // 2
+    ratio = np.log(np.maximum(distances, 1).astype(np.float32) / np.float32(exact))
+    scaled = ratio / np.float32(math.log(max_distance / exact)) * np.float32(num_buckets - exact)
+    far = np.minimum(exact + scaled.astype(np.int32), num_buckets - 1)
+    return offset + np.where(distances < exact, distances, far)
+
+
+class RelativeBias(nn.Module):
+    """One learnt bias per head and bucket of relative position, shared by all layers of a stack."""
+
+    config: ModelConfig
+    bidirectional: bool
+
+    def setup(self) -> None:
+        c = self.config
+        init = scaled_normal(c.d_model**-0.5, ("heads", None))
+        self.embedding = self.param("embedding", init, (c.num_heads, c.relative_buckets))
+
+    def by_distance(self, low: int, high: int) -> jax.Array:
+        """Bias of every distance (key - query) in [low, high): [N, high - low] float32."""
+        c = self.config
+        buckets = relative_buckets(
+            np.arange(low, high),
+            num_buckets=c.relative_buckets,
+            max_distance=c.relative_max_distance,
+            bidirectional=self.bidirectional,
+        )
+        return self.embedding[:, buckets]
+
+    def whole(self, length: int) -> jax.Array:
+        """Bias of a whole sequence, causal unless bidirectional: [1, N, length, length]."""
+        positions = np.arange(length)
+        distances = positions[None, :] - positions[:, None]
+        bias = self.by_distance(1 - length, length)[:, distances + length - 1]
+        if not self.bidirectional:
+            bias = jnp.where(distances[None] <= 0, bias, NEG_INF)
+        return bias[None]
+
+    def window(self, query_positions: jax.Array, key_length: int) -> jax.Array:
+        """Causal bias of queries [B, T] at any positions over keys 0..S-1: [B, N, T, S].
+
+        Keys after the query are NEG_INF, so entries of a cache past its length are masked too.
+        """
+        past = self.by_distance(1 - key_length, 1)
+        future = jnp.full((past.shape[0], key_length - 1), NEG_INF)
+        line = jnp.concatenate([past, future], axis=1)  # index: key - query + key_length - 1
+        starts = key_length - 1 - query_positions
+        cut = functools.partial(jax.lax.dynamic_slice, slice_sizes=(line.shape[0], key_length))
+        rows = jax.vmap(jax.vmap(lambda start: cut(line, (0, start))))(starts)  # [B, T, N, S]
+        return rows.swapaxes(1, 2)
+
+
+def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, bias: jax.Array) -> jax.Array:
+    """softmax(q k^T + bias) v: [B, N, T, H], [B, N, S, H] x 2, [B or 1, N or 1, T or 1, S].
+
+    Softmax in float32. A masked key (bias NEG_INF) has weight exactly 0 even if it holds NaN,
+    provided its value does not reach the second product: callers zero such values.
+    """
+    logits = jnp.einsum("bnth,bnsh->bnts", queries, keys, preferred_element_type=jnp.float32)
+    logits = jnp.where(bias > NEG_INF / 2, logits + bias, NEG_INF)
+    weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
+    return jnp.einsum("bnts,bnsh->bnth", weights, values)
+
+
+def project(x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
+    """[B, T, D] by [D, C, N, H] -> C arrays [B, N, T, H]."""
+    joint = jnp.einsum("btd,dcnh->btcnh", x, kernel)
+    return [joint[:, :, c].swapaxes(1, 2) for c in range(kernel.shape[1])]
+
+
+class _Attention(nn.Module):
+    """The kernels that both kinds of attention share, in the compute dtype."""
+
+    config: ModelConfig
+
+    def _input_kernel(self, name: str, *scales: float) -> jax.Array:
+        """Kernel [D, len(scales), N, H] of projections that read the same input."""
+        c = self.config
+        shape = (c.d_model, len(scales), c.num_heads, c.head_dim)
+        init = scaled_normal(scales, ("embed", None, "heads", "head_dim"))
+        return self.param(name, init, shape).astype(c.dtype)
+
+    def _output_kernel(self) -> jax.Array:
+        c = self.config
+        init = scaled_normal((c.num_heads * c.head_dim) ** -0.5, ("heads", "head_dim", "embed"))
+        return self.param("out", init, (c.num_heads, c.head_dim, c.d_model)).astype(c.dtype)
+
+    def _merge(self, context: jax.Array) -> jax.Array:
+        """[B, N, T, H] -> [B, T, D]."""
+        return jnp.einsum("btnh,nhd->btd", context.swapaxes(1, 2), self.out)
+
+
+class SelfAttention(_Attention):
+    """Self-attention over the block itself, or over a cache that the block is written into."""
+
+    def setup(self) -> None:
+        c = self.config
+        width = c.d_model**-0.5
+        self.qkv = self._input_kernel("qkv", width * c.head_dim**-0.5, width, width)
+        self.out = self._output_kernel()
+
+    def __call__(self, x: jax.Array, bias: jax.Array, remember: Remember | None) -> jax.Array:
+        """[B, T, D] -> [B, T, D]; `remember` takes the block's keys and values to the cache's."""
+        queries, keys, values = project(x, self.qkv)
+        if remember is not None:
+            keys, values = remember(keys, values)
+        return self._merge(attend(queries, keys, values, bias))
+
+
+class CrossAttention(_Attention):
+    """Attention of the decoder to keys and values computed once from the encoder's output."""
+
+    def setup(self) -> None:
+        c = self.config
+        width = c.d_model**-0.5
+        self.query = self._input_kernel("query", width * c.head_dim**-0.5)
+        self.key_value = self._input_kernel("key_value", width, width)
+        self.out = self._output_kernel()
+
+    def keys_values(self, encoded: jax.Array) -> KeysValues:
+        """[B, S, D] -> keys, values [B, N, S, H]."""
+        keys, values = project(encoded, self.key_value)
+        return keys, values
+
+    def __call__(self, x: jax.Array, memory: KeysValues, bias: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        (queries,) = project(x, self.query)
+        return self._merge(attend(queries, *memory, bias))
+
+
+class MLP(nn.Module):
+    """activation(x W0) [* (x W1) if gated] W2: [B, T, D] -> [B, T, D]."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+        c = self.config
+        width = c.d_model**-0.5
+        scales = (width, width) if c.gated else (width,)
+        into = scaled_normal(scales, ("embed", None, "mlp"))
+        wi = self.param("wi", into, (c.d_model, len(scales), c.d_ff)).astype(c.dtype)
+        wo = self.param("wo", scaled_normal(c.d_ff**-0.5, ("mlp", "embed")), (c.d_ff, c.d_model))
+        joint = jnp.einsum("btd,dcf->btcf", x, wi)
+        hidden = ACTIVATION_FUNCTIONS[c.activation](joint[:, :, 0])
+        if c.gated:
+            hidden = hidden * joint[:, :, 1]
+        hidden = nn.Dropout(c.dropout_rate)(hidden, deterministic=deterministic)
+        return hidden @ wo.astype(c.dtype)
