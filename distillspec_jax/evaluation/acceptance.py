@@ -1,0 +1,145 @@
+"""Acceptance rate (alpha) and block efficiency (tau): measured, and predicted from the text.
+
+alpha is measured in three ways that must agree: counted by the sampler (accepted / tested),
+summed from min(p, q) along texts of the target, and read off the lengths of the blocks.
+Only the first and the third need speculative decoding; only the second knows every gamma.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distillspec_jax.decoding.sampling import Sampling, process
+from distillspec_jax.errors import UserError
+from distillspec_jax.models.transformer import Transformer, hidden_states, unembed
+
+Params = Any
+
+
+def token_acceptance(target_probs: jax.Array, draft_probs: jax.Array) -> jax.Array:
+    """beta = sum_v min(p_v, q_v), the probability that a drafted token is accepted.
+
+    Source: arXiv 2211.17192, Theorem 3.5; equals 1 - TVD(p, q).
+
+    Args:
+      target_probs, draft_probs: [..., V], after temperature, top-k and top-p.
+
+    Returns:
+      [...] within [0, 1].
+    """
+    return jnp.sum(jnp.minimum(target_probs, draft_probs), axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherForced:
+    """Acceptance along given texts; every array is [B, T] and 0 past the end of a text.
+
+    overlap: beta_t = sum_v min(p_t(v), q_t(v)).
+    accept: min(1, q_t(y_t) / p_t(y_t)), the probability that the token that stands there was
+      drafted and accepted, given that it stands there.
+    lengths: [B], tokens of each text with its end-of-sequence.
+    """
+
+    overlap: np.ndarray
+    accept: np.ndarray
+    lengths: np.ndarray
+
+
+@functools.partial(jax.jit, static_argnames=("target", "draft", "sampling", "draft_sampling"))
+def _along_texts(target, target_params, draft, draft_params, inputs, texts, sampling, draft_sampling):
+    hidden = (
+        hidden_states(target, target_params, inputs, texts),
+        hidden_states(draft, draft_params, inputs, texts),
+    )
+
+    def at_position(args):  # one position at a time: [B, V], never [B, T, V]
+        target_hidden, draft_hidden, tokens = args
+        p = process(unembed(target, target_params, target_hidden), sampling)
+        q = process(unembed(draft, draft_params, draft_hidden), draft_sampling)
+        p_token = jnp.take_along_axis(p, tokens[:, None], axis=-1)[:, 0]
+        q_token = jnp.take_along_axis(q, tokens[:, None], axis=-1)[:, 0]
+        accept = jnp.minimum(1.0, q_token / jnp.where(p_token > 0, p_token, jnp.inf))
+        return token_acceptance(p, q), accept
+
+    overlap, accept = jax.lax.map(at_position, tuple(x.swapaxes(0, 1) for x in (*hidden, texts)))
+    is_text = texts != target.config.pad_id
+    return tuple(jnp.where(is_text, x.T, 0.0) for x in (overlap, accept)), is_text.sum(axis=1)
+
+
+def along_texts(
+    target: Transformer,
+    target_params: Params,
+    draft: Transformer,
+    draft_params: Params,
+    inputs: jax.Array,
+    texts: jax.Array,
+    *,
+    sampling: Sampling = Sampling(),
+    draft_sampling: Sampling | None = None,
+) -> TeacherForced:
+    """Scores texts of the target with both models, one forward pass each (PAPER section 1).
+
+    Args:
+      inputs: [B, S] int32, right-padded prompts.
+      texts: [B, T] int32, sampled from the target under `sampling`, end-of-sequence included.
+      sampling, draft_sampling: processing of target and draft; the draft's defaults to the
+        target's.
+
+    Returns:
+      `TeacherForced` on the host.
+    """
+    arrays, lengths = _along_texts(
+        target, target_params, draft, draft_params, inputs, texts, sampling,
+        draft_sampling or sampling,
+    )  # fmt: skip
+    overlap, accept = (np.asarray(x, np.float64) for x in arrays)
+    return TeacherForced(overlap, accept, np.asarray(lengths))
+
+
+def blocks_along_texts(
+    accept: np.ndarray, lengths: np.ndarray, gamma: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Expected (tokens, target calls) of each text for any gamma, without decoding.
+
+    A block that starts at t drafts tokens t .. t + gamma - 1; the first that is not accepted ends
+    the block as its correction, else token t + gamma is the bonus. With f_t the probability that
+    a block starts at t, calls = sum_t f_t, and over block starts that the end does not cut
+    tokens / calls = 1 + sum_{k<=gamma} E prod_{j<=k} beta_j (PAPER section 6.23). Exact for token
+    verification where `accept` is `TeacherForced.accept`; sums over texts give tau.
+
+    Args:
+      accept: [B, T], probability that the token at each position was drafted and accepted.
+      lengths: [B], tokens of each text; an accepted end-of-sequence ends block and text.
+      gamma: drafted tokens per block, at least 1.
+
+    Raises:
+      UserError: gamma < 1.
+    """
+    if gamma < 1:
+        raise UserError(f"gamma is {gamma}, must be at least 1")
+    batch_size, width = accept.shape
+    starts = np.zeros((batch_size, width + gamma + 1))
+    starts[:, 0] = lengths > 0
+    for t in range(width):
+        reach = starts[:, t] * (t < lengths)  # the block got this far without a rejection
+        starts[:, t] = reach
+        for k in range(gamma):
+            here = accept[:, t + k] if t + k < width else 0.0
+            starts[:, t + k + 1] += reach * (1 - here)
+            reach = reach * here
+        starts[:, t + gamma + 1] += reach
+    return np.asarray(lengths, np.float64), starts[:, :width].sum(axis=1)
+
+
+def iid_block_efficiency(acceptance_rate: float, gamma: int) -> float:
+    """tau_iid = (1 - alpha^(gamma+1)) / (1 - alpha): too low where acceptance varies.
+
+    Source: arXiv 2211.17192, equation 1. It holds for acceptances independent along the text.
+    """
+    return float(sum(acceptance_rate**k for k in range(gamma + 1)))

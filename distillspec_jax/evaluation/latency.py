@@ -1,0 +1,213 @@
+"""Wall clock: what a step costs, what speed-up that predicts, and what the clock says.
+
+Everything that is compared is timed side by side in one process, interleaved, after a warm-up
+whose time is reported apart; the middle of the repeats stands for each prompt, and intervals
+resample prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distillspec_jax.evaluation.intervals import Estimate, ratio, ratio_of_ratios
+from distillspec_jax.models import cache as caches
+from distillspec_jax.models.transformer import Transformer, extend, start
+
+Params = Any
+Call = Callable[[], Any]
+
+
+def predicted_speedup(
+    block_efficiency: float, gamma: int, cost_ratio: float, verification_cost: float = 1.0
+) -> float:
+    """tau / (c gamma + v): tokens per block over its cost in target steps (PAPER section 1).
+
+    With v = 1 the formula of the papers; with c = params(draft) / params(target) the memory-bound
+    speed-up MBSU of arXiv 2404.08856.
+    """
+    return block_efficiency / (cost_ratio * gamma + verification_cost)
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of calls that were timed side by side: [repeats], first call apart."""
+
+    seconds: np.ndarray
+    first_call: float  # compilation included
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.seconds))
+
+
+def side_by_side(calls: Mapping[str, Call], *, repeats: int, seed: int = 0) -> dict[str, Timing]:
+    """Times calls in rounds; in each round every call runs once, in a fresh random order.
+
+    Args:
+      calls: functions that return arrays; a call ends when its arrays are ready.
+      repeats: rounds, after one round of warm-up.
+      seed: of the order, which must not favour the call that follows a cheap one.
+    """
+    first = {name: _timed(call)[0] for name, call in calls.items()}
+    rounds = [_round(calls, np.random.default_rng([seed, i])) for i in range(repeats)]
+    seconds = {name: np.array([taken[name][0] for taken in rounds]) for name in calls}
+    return {name: Timing(seconds[name], first[name]) for name in calls}
+
+
+def _round(calls: Mapping[str, Call], rng: np.random.Generator) -> dict[str, tuple[float, Any]]:
+    return {name: _timed(calls[name]) for name in rng.permutation(list(calls))}
+
+
+def _timed(call: Call) -> tuple[float, Any]:
+    began = time.perf_counter()
+    result = jax.block_until_ready(call())
+    return time.perf_counter() - began, result
+
+
+@functools.partial(jax.jit, static_argnames=("model", "limit"))
+def _begin(model, params, inputs, limit):
+    return start(model, params, inputs, limit)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "width", "steps"))
+def _steps(model, params, cache, pending, width, steps):
+    """`steps` calls of the model on blocks of `width` tokens, one token kept after each."""
+
+    def step(_, carry):
+        cache, block = carry
+        logits, longer = extend(model, params, cache, block)
+        # the next block depends on all logits, so that no position is optimised away
+        return caches.rollback(longer, cache.lengths + 1), jnp.argmax(logits, axis=-1)
+
+    block = jnp.broadcast_to(pending[:, None], (pending.shape[0], width))
+    return jax.lax.fori_loop(0, steps, step, (cache, block))[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCosts:
+    """Seconds of one model call, timed inside a compiled loop as decoding runs it.
+
+    draft_step, target_step: one token.
+    verification: seconds of one target call on gamma + 1 tokens, by gamma.
+    """
+
+    draft_step: float
+    target_step: float
+    verification: dict[int, float]
+
+    @property
+    def cost_ratio(self) -> float:
+        """c, one draft step over one target step."""
+        return self.draft_step / self.target_step
+
+    def verification_cost(self, gamma: int) -> float:
+        """v(gamma), verifying gamma + 1 positions over one target step."""
+        return self.verification[gamma] / self.target_step
+
+
+def step_costs(
+    target: Transformer,
+    target_params: Params,
+    draft: Transformer,
+    draft_params: Params,
+    inputs: jax.Array,
+    gammas: Iterable[int],
+    *,
+    steps: int = 32,
+    repeats: int = 9,
+) -> StepCosts:
+    """Measures draft step, target step and verification side by side; encoding is left out.
+
+    Args:
+      inputs: [B, S] int32, a typical batch of prompts; B = 1 is what the papers report.
+      gammas: block lengths whose verification is to be timed.
+      steps: model calls in one timed loop, which keeps dispatch out of the figure.
+      repeats: rounds; the medians count.
+    """
+    gammas = sorted(set(gammas))
+    limit = steps + max(gammas, default=0) + 1
+    calls: dict[str, Call] = {}
+
+    def add(name: str, model: Transformer, params: Params, width: int) -> None:
+        cache, pending = _begin(model, params, inputs, limit)
+        calls[name] = lambda: _steps(model, params, cache, pending, width, steps)
+
+    add("draft", draft, draft_params, 1)
+    add("target", target, target_params, 1)
+    for gamma in gammas:
+        add(f"verify {gamma}", target, target_params, gamma + 1)
+    timings = side_by_side(calls, repeats=repeats)
+    second = {name: timing.median / steps for name, timing in timings.items()}
+    verification = {gamma: second[f"verify {gamma}"] for gamma in gammas}
+    return StepCosts(second["draft"], second["target"], verification)
+
+
+@dataclasses.dataclass(frozen=True)
+class Clock:
+    """Decoders timed on the same prompts; rows are prompts, in the order given.
+
+    seconds: by decoder, [P], median over the repeats of each prompt.
+    tokens: by decoder, [P], tokens emitted for it.
+    spread: by decoder, (max - min) / median of the repeats, median over prompts.
+    compile_seconds: by decoder, its first call less the median of the calls after.
+    """
+
+    seconds: dict[str, np.ndarray]
+    tokens: dict[str, np.ndarray]
+    spread: dict[str, float]
+    compile_seconds: dict[str, float]
+
+    def tokens_per_second(self, name: str) -> Estimate:
+        return ratio(self.tokens[name], self.seconds[name])
+
+    def speedup(self, name: str, over: str) -> Estimate:
+        """Rate of one decoder over another's, paired by prompt."""
+        columns = self.tokens[name], self.seconds[name], self.tokens[over], self.seconds[over]
+        return ratio_of_ratios(*columns)
+
+
+Decoder = Callable[[Any], tuple[jax.Array, jax.Array]]
+
+
+def race(
+    decoders: Mapping[str, Decoder],
+    prompts: Sequence[Any],
+    *,
+    repeats: int = 3,
+    on_prompt: Callable[[int], None] = lambda done: None,
+) -> Clock:
+    """Decodes each prompt with every decoder, interleaved, `repeats` times after a warm-up.
+
+    Args:
+      decoders: by name, prompt -> (tokens [B, T], lengths [B]); equal shapes from prompt to
+        prompt, or each new shape is compiled inside the clock.
+      prompts: what the decoders take, one at a time.
+      repeats: timed rounds per prompt; their median counts.
+      on_prompt: told how many prompts are done.
+    """
+    first = {name: _timed(lambda f=f: f(prompts[0]))[0] for name, f in decoders.items()}
+    seconds = {name: np.zeros((len(prompts), repeats)) for name in decoders}
+    tokens = {name: np.zeros(len(prompts), np.int64) for name in decoders}
+    for row, prompt in enumerate(prompts):
+        calls = {name: functools.partial(f, prompt) for name, f in decoders.items()}
+        for repeat in range(repeats):
+            taken = _round(calls, np.random.default_rng([row, repeat]))
+            for name, (elapsed, (_, lengths)) in taken.items():
+                seconds[name][row, repeat] = elapsed
+                tokens[name][row] = np.sum(lengths)
+        on_prompt(row + 1)
+    middle = {name: np.median(table, axis=1) for name, table in seconds.items()}
+    return Clock(
+        seconds=middle,
+        tokens=tokens,
+        spread={n: float(np.median(np.ptp(seconds[n], axis=1) / middle[n])) for n in decoders},
+        compile_seconds={n: max(first[n] - float(middle[n][0]), 0.0) for n in decoders},
+    )

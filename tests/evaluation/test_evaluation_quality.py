@@ -1,0 +1,92 @@
+"""Quality: final numbers, and ROUGE and BLEU against T5's golden figures and sacrebleu itself."""
+
+import json
+
+import pytest
+import sacrebleu
+
+from distillspec_jax.errors import UserError
+from distillspec_jax.evaluation.quality import (
+    bleu,
+    exact_match_number,
+    final_number,
+    quality,
+    rouge,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("so 3 + 4 = 7\n#### 7", 7),
+        ("####18", 18),
+        ("#### 1,234.50", 1234.5),
+        ("#### -3", -3),
+        ("#### $ 70,000 a year", 70000),
+        ("#### 5 no, #### 6", 6),
+        ("#### 12.", 12),
+        ("the answer is 7", None),
+        ("#### none", None),
+        ("", None),
+    ],
+)
+def test_final_number(text, number):
+    assert final_number(text) == number
+
+
+def test_exact_match_counts_numbers_not_texts():
+    references = ["a #### 1,000", "b #### 2", "c #### 3", "d #### 4"]
+    predictions = ["x #### 1000.0", "b #### 20", "c 3", "#### 4"]
+    measured = exact_match_number(predictions, references)
+    assert measured.value == 50
+    assert 0 < measured.low < 50 < measured.high < 100
+    assert measured.n == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "mean"), [("rouge1", 38.5525), ("rouge2", 22.1449), ("rougeLsum", 38.3265)]
+)
+def test_rouge_agrees_with_t5(shared_data, kind, mean):
+    folder = shared_data / "t5_metrics_golden"
+    predictions, references = (
+        (folder / name).read_text().splitlines()
+        for name in ("prediction_large.txt", "target_large.txt")
+    )
+    measured = rouge(predictions, references, kind)
+    assert measured.value == pytest.approx(mean, abs=1e-3)
+    golden = json.loads((folder / "expected_bootstrap_results.json").read_text())
+    assert measured.low < golden[kind] < measured.high
+    assert measured.n == 1000
+
+
+def test_rouge_two_by_hand():
+    # bigrams: the cat, cat sat | the cat, cat ran: one of two on either side
+    assert rouge(["the cat sat"], ["the cat ran"]).value == pytest.approx(50)
+
+
+def test_bleu_is_the_corpus_score_of_sacrebleu():
+    predictions = ["a quick brown fox jumps.", "two dogs sleep all day long", "It rains in Spain"]
+    references = ["a quick brown fox jumped.", "two dogs sleep all the day", "it rains in Spain"]
+    expected = sacrebleu.corpus_bleu(predictions, [references], tokenize="intl").score
+    measured = bleu(predictions, references)
+    assert measured.value == pytest.approx(expected, abs=1e-9)
+    assert measured.low < measured.value < measured.high
+    assert bleu(references, references).low == pytest.approx(100)
+
+
+def test_quality_by_the_name_of_a_task():
+    assert quality("none", ["a"], ["b"]) is None
+    assert quality("exact_match_number", ["#### 1"], ["#### 1"]).value == 100
+    assert quality("rouge2", ["a b"], ["a b"]).value == 100
+    assert quality("bleu", ["a b c d"], ["a b c d"]).value == pytest.approx(100)
+
+
+def test_refusals():
+    with pytest.raises(UserError, match="did you mean 'rouge2'"):
+        quality("rouge3", ["a"], ["a"])
+    with pytest.raises(UserError, match="got 1 and 2"):
+        quality("bleu", ["a"], ["a", "b"])
+    with pytest.raises(UserError, match="got 0 and 0"):
+        quality("rouge2", [], [])
+    with pytest.raises(UserError, match=r"reference 1 has no final number.*'seven'"):
+        quality("exact_match_number", ["#### 1", "#### 7"], ["#### 1", "seven"])
