@@ -1,0 +1,40 @@
+"""Random numbers that belong to a row, not to its place in a batch.
+
+Every uniform is a function of (rng, row id, position or block of that row). A row therefore
+draws the same numbers alone, in any batch and in any place of it.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def row_keys(rng: jax.Array, row_ids: jax.Array) -> jax.Array:
+    """One key per row [B], from the run's key and the rows' ids [B]."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, row_ids)
+
+
+def position_uniforms(keys: jax.Array, count: int) -> jax.Array:
+    """Uniforms in [0, 1) for positions 0..count-1 of each row: [B, count] float32.
+
+    Threefry counts positions, so a longer `count` begins with the same numbers.
+    """
+    return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
+
+
+def block_uniforms(keys: jax.Array, blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Uniforms of block number `blocks` [B] of each row: [B, *shape] float32, in one draw.
+
+    Keyed by block and not by position: block verification looks at the acceptance draws behind
+    a rejection, so numbers used once for a position must not come back when it is tried again.
+    """
+    per_block = jax.vmap(jax.random.fold_in)(keys, blocks)
+    return jax.vmap(lambda key: jax.random.uniform(key, shape))(per_block)
+
+
+def default_row_ids(inputs: jax.Array, row_ids: jax.Array | None) -> jax.Array:
+    """`row_ids`, or 0..B-1 where none are given: [B] int32."""
+    if row_ids is None:
+        return jnp.arange(inputs.shape[0], dtype=jnp.int32)
+    return jnp.asarray(row_ids, jnp.int32)
