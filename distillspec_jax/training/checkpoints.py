@@ -1,0 +1,268 @@
+"""Checkpoints of a run, kept by Orbax: written behind the steps, whole or not at all.
+
+Layout, for readers that want the weights and no training state:
+
+    <workdir>/checkpoints/<step>/params        item of StandardSave: the weights to use (float32
+                                               'params' dict of the model; the moving average
+                                               where the run keeps one)
+    <workdir>/checkpoints/<step>/description   item of JsonSave: {"model": dataclasses.asdict of
+                                               ModelConfig, "vocabulary_fingerprint": str, "step":
+                                               int, "best": bool, "format": 1, "versions": {...},
+                                               and what else the run said about itself}
+    <workdir>/checkpoints/<step>/training      item of StandardSave: the rest of TrainState, and
+                                               checksums of all arrays
+    <workdir>/checkpoints/<step>/loop          item of JsonSave: what the loop remembers
+
+The weights to take from a run are those of the largest step whose description says `best`, or of
+the largest step if none does (`chosen_step`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+import distillspec_jax
+from distillspec_jax.errors import UserError
+from distillspec_jax.training.state import TrainState
+
+FOLDER = "checkpoints"
+FORMAT = 1
+IDENTITY = ("model", "vocabulary_fingerprint", "optimizer")  # must agree for a run to go on
+ITEMS = ("params", "training", "description", "loop")
+
+
+class Checkpoints:
+    """Saves and restores a run below `<workdir>/checkpoints`; see the layout above."""
+
+    def __init__(
+        self, workdir: Path, description: Mapping[str, Any], *, keep_last: int = 2
+    ) -> None:
+        """Opens the folder. `description` is JSON: "model", "vocabulary_fingerprint" and more.
+
+        Kept are the `keep_last` newest checkpoints and the best one.
+        """
+        self._folder = workdir.absolute() / FOLDER
+        self._description = json.loads(json.dumps(description))  # tuples become lists, as stored
+        self._best = _KeepStep()
+        newest = checkpoint_managers.LatestN(keep_last)
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            item_names=ITEMS,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, self._best]),
+                cleanup_tmp_directories=True,  # what a killed save left behind
+            ),
+        )
+
+    def save(self, state: TrainState, memory: Mapping[str, Any], *, best: bool = False) -> None:
+        """Saves `state` and the loop's `memory` (JSON); returns when the arrays are copied.
+
+        Writing goes on behind; an error of it is raised by the next call of this object.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        if best:
+            self._best.step = step
+        params, training = _split(state)
+        training["checksums"] = checksums((params, training))
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params),
+                training=ocp.args.StandardSave(training),
+                description=ocp.args.JsonSave(self._describe(step, best)),
+                loop=ocp.args.JsonSave(dict(memory)),
+            ),
+        )
+
+    def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest whole checkpoint in the structure of `state`, and the loop's memory.
+
+        None if there is no checkpoint. A damaged one is put aside, said loudly, and the one
+        before is taken; UserError if all are damaged or if they belong to another run.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                found = self._restore_step(step, state)
+            except UserError:
+                raise
+            except Exception as error:  # whatever a damaged file makes Orbax raise
+                self._put_aside(step, error)
+                continue
+            self._best.step = found[1].get("best_step", -1)
+            return found
+        if steps:
+            raise UserError(
+                f"all checkpoints in {self._folder} are damaged (they are kept in "
+                f"{self._folder.parent / 'damaged'}); start again in another workdir"
+            )
+        return None
+
+    def restore_params(self, state: TrainState, step: int) -> Any:
+        """The weights of the checkpoint at `step`, in the structure of `state.params`."""
+        self.wait()
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(_abstract(state.params)))
+        return self._manager.restore(step, args=args)["params"]
+
+    def wait(self) -> None:
+        """Returns when everything saved so far is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _describe(self, step: int, best: bool) -> dict[str, Any]:
+        versions = {
+            "jax": jax.__version__,
+            "flax": flax.__version__,
+            "distillspec_jax": distillspec_jax.__version__,
+        }
+        own = {"step": step, "best": best, "format": FORMAT, "versions": versions}
+        return self._description | own
+
+    def _restore_step(self, step: int, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        stored = self._manager.restore(
+            step, args=ocp.args.Composite(description=ocp.args.JsonRestore())
+        )["description"]
+        self._check_identity(step, stored)
+        params, training = _split(state)
+        training["checksums"] = checksums((params, training))
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(_abstract(params)),
+                training=ocp.args.StandardRestore(_abstract(training)),
+                loop=ocp.args.JsonRestore(),
+            ),
+        )
+        params, training = restored["params"], restored["training"]
+        stored_sums = training.pop("checksums")
+        if not np.array_equal(checksums((params, training)), stored_sums):
+            raise ValueError("the arrays do not have the checksums they were saved with")
+        if int(training["step"]) != step:
+            raise ValueError(f"it holds step {int(training['step'])}")
+        return _join(state, params, training), restored["loop"]
+
+    def _check_identity(self, step: int, stored: Mapping[str, Any]) -> None:
+        place = self._folder / str(step)
+        if stored["format"] > FORMAT:
+            raise UserError(
+                f"checkpoint {place} has format {stored['format']}, this version of "
+                f"distillspec_jax reads up to {FORMAT}; install the version that wrote it: "
+                f"{stored['versions']['distillspec_jax']}"
+            )
+        for key in IDENTITY:
+            mine, theirs = self._description.get(key), stored.get(key)
+            if mine != theirs:
+                raise UserError(
+                    f"checkpoint {place} belongs to another run: its {key} is {theirs}, "
+                    f"this run's is {mine}; use another workdir"
+                )
+
+    def _put_aside(self, step: int, error: Exception) -> None:
+        aside = self._folder.parent / "damaged"
+        aside.mkdir(exist_ok=True)
+        place = aside / str(step)
+        shutil.rmtree(place, ignore_errors=True)
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        print(
+            f"warning: the checkpoint of step {step} is damaged ({reason}); it is moved to {place} "
+            "and the one before is used",
+            file=sys.stderr,
+            flush=True,
+        )
+        shutil.move(self._folder / str(step), place)
+        self._manager.reload()
+
+
+class _KeepStep(checkpoint_managers.PreservationPolicy):
+    """Keeps the checkpoint of one step, which may change."""
+
+    step = -1
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
+
+
+@jax.jit
+def checksums(tree: Any) -> jax.Array:
+    """One uint32 per leaf that changes with any flipped bit and with order: [leaves].
+
+    A sum of integers modulo 2**32, so it is the same for every layout over devices.
+    """
+
+    def one(leaf: jax.Array) -> jax.Array:
+        bits = _as_uint32(leaf).ravel()
+        odd = 2 * jax.lax.iota(jnp.uint32, bits.size) + 1  # odd factors lose no bit
+        return jnp.sum(bits * odd, dtype=jnp.uint32)
+
+    return jnp.stack([one(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def chosen_step(workdir: Path) -> int:
+    """The step whose weights stand for the run: the best one saved, else the newest.
+
+    Raises UserError if there is no checkpoint.
+    """
+    folder = workdir / FOLDER
+    steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+    if not steps:
+        raise UserError(f"there is no checkpoint in {folder}")
+    best = [step for step in steps if _says_best(folder / str(step))]
+    return max(best or steps)
+
+
+def _says_best(checkpoint: Path) -> bool:
+    metadata = checkpoint / "description" / "metadata"
+    try:
+        return bool(json.loads(metadata.read_text("utf-8"))["best"])
+    except (OSError, KeyError, json.JSONDecodeError):
+        return False
+
+
+def _as_uint32(leaf: jax.Array) -> jax.Array:
+    width = leaf.dtype.itemsize
+    if leaf.dtype == jnp.bool_:
+        return leaf.astype(jnp.uint32)
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width]
+    return jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+
+
+def _split(state: TrainState) -> tuple[Any, dict[str, Any]]:
+    """The weights to hand out, and the rest of the state by name."""
+    training = {
+        "step": state.step,
+        "seed": state.seed,
+        "skipped": state.skipped,
+        "skipped_in_row": state.skipped_in_row,
+        "opt_state": state.opt_state,
+    }
+    if state.average is not None:
+        training["trained_params"] = state.params
+    return state.best_params, training
+
+
+def _join(state: TrainState, params: Any, training: dict[str, Any]) -> TrainState:
+    if state.average is None:
+        return state.replace(params=params, **training)
+    trained = training.pop("trained_params")
+    return state.replace(params=trained, average=params, **training)
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

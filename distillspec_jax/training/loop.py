@@ -1,0 +1,328 @@
+"""The loop around the step, the same for fine-tuning and for distillation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distillspec_jax.errors import UserError, unknown_name
+from distillspec_jax.progress import Progress
+from distillspec_jax.training.checkpoints import Checkpoints
+from distillspec_jax.training.metrics import MetricsWriter
+from distillspec_jax.training.state import TrainState
+
+TOKENS = "target_length"  # (tokens, rows): its sum over the time is the speed of training
+
+
+class Batch(Protocol):
+    """What the loop itself needs of a batch."""
+
+    @property
+    def example_ids(self) -> np.ndarray: ...
+
+
+StepFn = Callable[[TrainState, Any], tuple[TrainState, dict[str, tuple[jax.Array, jax.Array]]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """When to log, evaluate, save and stop; all intervals in steps, 0 means never."""
+
+    log_every: int = 50
+    evaluate_every: int = 500  # also before the first and after the last step
+    save_every: int = 500
+    keep_last: int = 2
+    best_metric: str = ""  # of the evaluation; "" keeps no best checkpoint
+    best_mode: str = "max"
+    patience: int = 0  # evaluations without a new best before stopping early
+    max_skipped: int = 5  # updates in a row that may be left out for a gradient not finite
+
+    def __post_init__(self) -> None:
+        if self.best_mode not in ("max", "min"):
+            raise unknown_name("best_mode", self.best_mode, ("max", "min"), "the loop")
+        if self.patience and not self.best_metric:
+            raise UserError("patience needs best_metric, the figure that has to improve")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and value < 0:
+                raise UserError(f"{field.name} is {value}, must not be negative")
+        if self.keep_last < 1 or self.max_skipped < 1:
+            raise UserError("keep_last and max_skipped must be at least 1")
+
+
+@dataclasses.dataclass
+class Memory:
+    """What the loop knows beside the state; saved with it, so that logs resume exactly, too."""
+
+    best_step: int = -1
+    best_value: float | None = None
+    evaluations_since_best: int = 0
+    evaluated_step: int = -1
+    evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
+    window: dict[str, list[float]] = dataclasses.field(default_factory=dict)  # sum, count
+    window_seconds: float = 0.0
+    seconds: float = 0.0  # spent in steps, all starts together
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    `ended` is "finished", "early" (no improvement) or "signal" (asked to stop, all is saved).
+    """
+
+    state: TrainState
+    ended: str
+    memory: Memory
+
+
+def train(
+    step_fn: StepFn,
+    state: TrainState,
+    batches: Callable[[int], Iterator[Any]],
+    config: LoopConfig,
+    *,
+    steps: int,
+    checkpoints: Checkpoints,
+    writer_of: Callable[[int], MetricsWriter],
+    evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
+    learning_rate: Callable[[int], Any] | None = None,
+    place: Callable[[Any], Any] = jax.device_put,
+    name: str = "train",
+) -> Result:
+    """Runs `step_fn` until `steps` steps are taken, from the newest checkpoint if there is one.
+
+    Args:
+      step_fn: `(state, batch) -> (state, {name: (sum, count)})`, jitted; may donate `state`.
+      state: the state before the first step (its structure also shapes what is restored).
+      batches: step -> iterator of the batches of that step and the following ones.
+      writer_of: resumed step -> writer of the records (-1: a new run).
+      evaluate: state -> figures; called before the first step, every `evaluate_every`, at the end.
+      learning_rate: step -> rate, only to log it.
+      place: puts a batch on the devices.
+
+    While a step runs, the metrics of the step before are read: the host never waits for the
+    newest step, except before an evaluation and a save.
+
+    Raises:
+      UserError: updates were left out `max_skipped` times in a row, or the data ended.
+    """
+    memory, resumed = Memory(), -1
+    restored = checkpoints.restore(state)
+    if restored is not None:
+        state, memory = restored[0], Memory(**restored[1])
+        resumed = int(state.step)
+    loop = _Loop(config, memory, writer_of(resumed), checkpoints, learning_rate, evaluate)
+    step = max(resumed, 0)
+    with Progress(name, steps, done=step) as progress, _StopRequest() as stop:
+        loop.progress = progress
+        if resumed >= 0:
+            progress.say(f"{name}: goes on from the checkpoint of step {resumed}")
+        stream = iter(())
+        loop.between_steps(state, step, last=step >= steps)
+        if step < steps:
+            stream = batches(step)
+        while step < steps and not stop.asked and not loop.is_stale:
+            batch = _next(stream, step)
+            state, metrics = step_fn(state, place(batch))
+            step += 1
+            loop.took_step(step, batch, metrics, state)
+            loop.between_steps(state, step, last=step >= steps)
+        ended = "finished" if step >= steps else "signal" if stop.asked else "early"
+        loop.finish(state, step)
+    return Result(state, ended, loop.memory)
+
+
+def _next(stream: Iterator[Any], step: int) -> Any:
+    try:
+        return next(stream)
+    except StopIteration:
+        raise UserError(f"the training data ended before step {step + 1}") from None
+
+
+class _Loop:
+    """The host's side of the loop: everything that is not the step itself."""
+
+    progress: Progress
+
+    def __init__(
+        self,
+        config: LoopConfig,
+        memory: Memory,
+        writer: MetricsWriter,
+        checkpoints: Checkpoints,
+        learning_rate: Callable[[int], Any] | None,
+        evaluate: Callable[[TrainState], Mapping[str, float]] | None,
+    ) -> None:
+        self.memory = memory
+        self._config, self._writer, self._checkpoints = config, writer, checkpoints
+        self._learning_rate, self._evaluate = learning_rate, evaluate
+        self._pending: tuple[int, Any, Any] | None = None
+        self._recent: deque[tuple[int, list[int]]] = deque(maxlen=config.max_skipped)
+        self._clock = time.perf_counter()
+
+    @property
+    def is_stale(self) -> bool:
+        patience = self._config.patience
+        return 0 < patience <= self.memory.evaluations_since_best
+
+    def took_step(self, step: int, batch: Batch, metrics: Any, state: TrainState) -> None:
+        """Notes the step just started, and reads what the one before gave."""
+        # A copy: the counters themselves are donated to the next step.
+        handed = (metrics, _copy(state.skipped, state.skipped_in_row))
+        jax.tree.map(lambda x: x.copy_to_host_async(), handed)
+        before, self._pending = self._pending, (step, batch.example_ids, handed)
+        self._read(before)
+
+    def between_steps(self, state: TrainState, step: int, *, last: bool) -> None:
+        """Evaluates and saves if it is time to."""
+        is_best = False
+        every = self._config.evaluate_every
+        if self._evaluate and (last or step == 0 or (every and step % every == 0)):
+            is_best = self._evaluate_now(state, step)
+        every = self._config.save_every
+        if last or is_best or (every and step and step % every == 0):
+            self._save(state, best=is_best)
+
+    def finish(self, state: TrainState, step: int) -> None:
+        self._save(state, best=self.memory.best_step == step)
+        self._checkpoints.wait()
+        self._writer.close()
+
+    def _save(self, state: TrainState, *, best: bool) -> None:
+        self._flush()
+        self._checkpoints.save(state, dataclasses.asdict(self.memory), best=best)
+        self._clock = time.perf_counter()
+
+    def _flush(self) -> None:
+        before, self._pending = self._pending, None
+        self._read(before)
+
+    def _read(self, pending: tuple[int, Any, Any] | None) -> None:
+        """Waits for a step's metrics, adds them up and writes the record when it is time to."""
+        if pending is None:
+            return
+        step, example_ids, handed = pending
+        metrics, (skipped, skipped_in_row) = jax.device_get(handed)
+        now = time.perf_counter()
+        self.memory.seconds += now - self._clock
+        self.memory.window_seconds += now - self._clock
+        self._clock = now
+        self._stop_if_diverged(step, example_ids, int(skipped_in_row))
+        for key, (total, count) in metrics.items():
+            old_total, old_count = self.memory.window.get(key, (0.0, 0.0))
+            self.memory.window[key] = [old_total + float(total), old_count + float(count)]
+        self.progress.update(step, self._status(metrics))
+        if self._config.log_every and step % self._config.log_every == 0:
+            self._log(step, int(skipped))
+
+    def _log(self, step: int, skipped: int) -> None:
+        memory = self.memory
+        values = {
+            key: total / count if count else math.nan
+            for key, (total, count) in memory.window.items()
+        }
+        if TOKENS in memory.window and memory.window_seconds:
+            values["tokens_per_second"] = memory.window[TOKENS][0] / memory.window_seconds
+        values["seconds"] = memory.seconds
+        values["skipped_updates"] = skipped
+        if self._learning_rate is not None:
+            values["learning_rate"] = float(self._learning_rate(step - 1))
+        self._writer.write("train", step, values)
+        memory.window, memory.window_seconds = {}, 0.0
+
+    def _status(self, metrics: Mapping[str, Any]) -> str:
+        parts = []
+        if "loss" in metrics:
+            total, count = metrics["loss"]
+            parts.append(f"loss {float(total) / max(float(count), 1.0):.4f}")
+        if TOKENS in self.memory.window and self.memory.window_seconds:
+            rate = self.memory.window[TOKENS][0] / self.memory.window_seconds
+            parts.append(f"{rate:,.0f} tokens/s")
+        return ", ".join(parts)
+
+    def _stop_if_diverged(self, step: int, example_ids: Any, skipped_in_row: int) -> None:
+        if not skipped_in_row:
+            return
+        self._recent.append((step, [int(i) for i in np.asarray(example_ids)]))
+        if skipped_in_row < self._config.max_skipped:
+            return
+        first = self._recent[0][0]
+        self._checkpoints.wait()
+        self._writer.close()
+        raise UserError(
+            f"the gradient was not finite in {skipped_in_row} steps in a row, {first} to {step} "
+            f"(examples of step {step}: {self._recent[-1][1]}); lower optimizer.learning_rate or "
+            "look at these examples; the last checkpoint is from before"
+        )
+
+    def _evaluate_now(self, state: TrainState, step: int) -> bool:
+        """Evaluates unless that was done before a restart; says if this is the best so far."""
+        memory = self.memory
+        if memory.evaluated_step == step:
+            return memory.best_step == step
+        self._flush()
+        assert self._evaluate is not None
+        values = {key: float(value) for key, value in self._evaluate(state).items()}
+        self._writer.write("eval", step, values)
+        figures = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+        self.progress.say(f"step {step}: {figures}")
+        memory.evaluated_step, memory.evaluation = step, values
+        self._clock = time.perf_counter()
+        return self._is_new_best(step, values)
+
+    def _is_new_best(self, step: int, values: Mapping[str, float]) -> bool:
+        name = self._config.best_metric
+        if not name:
+            return False
+        if name not in values:
+            raise unknown_name("best_metric", name, values, "the loop")
+        memory, value = self.memory, values[name]
+        sign = 1 if self._config.best_mode == "max" else -1
+        is_best = memory.best_value is None or sign * value > sign * memory.best_value
+        if is_best:
+            memory.best_step, memory.best_value, memory.evaluations_since_best = step, value, 0
+        else:
+            memory.evaluations_since_best += 1
+        return is_best
+
+
+@jax.jit
+def _copy(skipped: jax.Array, skipped_in_row: jax.Array) -> jax.Array:
+    return jnp.stack([skipped, skipped_in_row])
+
+
+class _StopRequest:
+    """Turns the first SIGTERM or SIGINT into a wish to stop; the second one acts as always."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self.asked = True
+        for each, handler in self._before.items():
+            signal.signal(each, handler)

@@ -1,0 +1,42 @@
+"""Fine-tuning on `arithmetic_stories`, as it was done for the two models in the package.
+
+    python -m experiments.finetune --config=experiments/configs/finetune_stories.py:target \
+        --workdir=runs/stories-target
+    python -m experiments.finetune --config=experiments/configs/finetune_stories.py:draft \
+        --workdir=runs/stories-draft
+
+The target sees the large `pretrain` split, as in real life it has seen far more than the task;
+the draft sees the 3,000 references of the task, up to its plateau.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(which: str = "draft") -> ConfigDict:
+    is_target = which == "target"
+    config = ConfigDict()
+    config.model = "cpu_target" if is_target else "cpu_draft"
+    config.seed = 0
+    config.steps = 12_000 if is_target else 4_000
+    config.task = ConfigDict({"name": "arithmetic_stories"})
+    config.data = ConfigDict(
+        {
+            "train_split": "pretrain" if is_target else "train",
+            "batch_size": 32,
+            "input_length": 64,
+            "target_length": 64,
+        }
+    )
+    config.optimizer = ConfigDict(
+        {
+            "learning_rate": 1e-3 if is_target else 2e-3,
+            "schedule": "cosine",
+            "warmup_steps": 200,
+            "floor": 0.02,
+        }
+    )
+    config.loop = ConfigDict(
+        {"log_every": 50, "evaluate_every": 500, "save_every": 500, "best_metric": "loss"}
+    )
+    config.loop.best_mode = "min"
+    return config

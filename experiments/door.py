@@ -1,0 +1,313 @@
+"""The door of every entrypoint: flags, config, workdir, errors and the files all of them write.
+
+An entrypoint is a frozen dataclass, a `main(config, workdir)` and `door.run(main, Config)`.
+Below the door there are no flags and no ConfigDict.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import flax
+import jax
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import ConfigDict, config_flags
+
+import distillspec_jax
+from distillspec_jax.errors import UserError, unknown_name
+
+C = TypeVar("C")
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "path of the config file", lock_config=False, accept_new_attributes=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder for everything the run writes")
+
+BAD_INPUT = 2
+STOPPED = 143  # what a shell reports for SIGTERM: the job is saved but not done
+
+
+def run(main: Callable[[Any, Path], int | None], config_class: type) -> None:
+    """Parses the flags into a `config_class`, calls `main(config, workdir)` and leaves.
+
+    A UserError is printed as one sentence, exit code 2; a number that `main` returns is the
+    exit code.
+    """
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        return _or_exit(lambda: _parse_flags(argv, config_class))
+
+    def start(argv: Sequence[str]) -> None:
+        del argv
+        _enable_compilation_cache()
+        absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every step of a save
+        config = _or_exit(lambda: to_dataclass(config_class, _CONFIG.value, "config"))
+        sys.exit(_or_exit(lambda: main(config, Path(_WORKDIR.value).absolute())))
+
+    app.run(start, flags_parser=parse)
+
+
+def _or_exit(action: Callable[[], Any]) -> Any:
+    try:
+        return action()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except PermissionError as error:
+        print(f"error: not allowed to write {error.filename}", file=sys.stderr)
+    sys.exit(BAD_INPUT)
+
+
+# --- flags -------------------------------------------------------------------------------------
+
+
+def _parse_flags(argv: Sequence[str], config_class: type) -> list[str]:
+    """absl's parser, but bad flags come out as UserError, and defaults can be overridden."""
+    if not any(re.match(r"--?help", arg) for arg in argv):
+        _check_overrides(argv, config_class)
+    parser = flags.FLAGS["config"].parser
+    load = parser.parse
+
+    def load_and_complete(path: str) -> ConfigDict:
+        if not Path(path.split(":")[0]).is_file():
+            raise UserError(f"there is no config file {path.split(':')[0]} (--config)")
+        config = load(path)
+        if not isinstance(config, ConfigDict):
+            raise UserError(f"get_config() of {path} returns no ConfigDict")
+        _complete(config, config_class)
+        return config
+
+    parser.parse = load_and_complete
+    try:
+        rest = flags.FLAGS(argv)
+    except (flags.Error, TypeError, ValueError, KeyError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"bad flags: {' '.join(str(error).split())}") from error
+    if _CONFIG.value is None or not _WORKDIR.value:
+        missing = "--config=FILE.py" if _CONFIG.value is None else "--workdir=FOLDER"
+        raise UserError(f"{missing} is missing; see --help")
+    if len(rest) > 1:
+        raise UserError(f"'{rest[1]}' is not a flag; flags are --config, --config.KEY, --workdir")
+    return rest
+
+
+def _check_overrides(argv: Sequence[str], config_class: type) -> None:
+    """Refuses `--config.a.b` for keys that `config_class` does not have."""
+    for arg in argv[1:]:
+        match = re.match(r"--?(?:no)?config\.([^=]+)", arg)
+        here: Any = config_class
+        where = "config"
+        for name in match[1].split(".") if match else ():
+            if not dataclasses.is_dataclass(here):
+                raise UserError(f"{where} is a single value, it has no key '{name}' ({arg})")
+            hints = typing.get_type_hints(here)
+            if name not in hints:
+                raise unknown_name("config key", f"{where}.{name}", _dotted(where, hints))
+            here, where = _inner_dataclass(hints[name]) or hints[name], f"{where}.{name}"
+
+
+def _complete(config: ConfigDict, config_class: type) -> None:
+    """Puts defaults that the file leaves out into `config`, so that flags know their types."""
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        inner = _inner_dataclass(hints[field.name])
+        if inner is not None and field.name not in config:
+            config[field.name] = ConfigDict()
+        if inner is not None:
+            if isinstance(config[field.name], ConfigDict):
+                _complete(config[field.name], inner)
+        elif field.name not in config and field.default is not dataclasses.MISSING:
+            if field.default is not None:
+                config[field.name] = field.default
+
+
+# --- config ------------------------------------------------------------------------------------
+
+
+def to_dataclass(cls: type[C], values: Mapping[str, Any], where: str) -> C:
+    """Turns nested mappings into the frozen dataclass `cls`; `where` is the key they are under.
+
+    Raises UserError, with the full dotted key, for an unknown key (and the nearest valid one), a
+    missing key and a value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    for name in values:
+        if name not in hints:
+            raise unknown_name("config key", f"{where}.{name}", _dotted(where, hints))
+    arguments = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        key = f"{where}.{field.name}"
+        if field.name in values:
+            arguments[field.name] = _convert(hints[field.name], values[field.name], key)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"config key '{key}' is missing; it has no default")
+    return cls(**arguments)
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(args, hint, value, key)
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, Mapping | ConfigDict):
+            return to_dataclass(hint, value, key)  # type: ignore[arg-type]
+    elif hint is float and type(value) in (int, float):
+        return float(value)
+    elif origin is tuple and isinstance(value, tuple | list):
+        if len(args) == 2 and args[1] is ...:
+            return tuple(_convert(args[0], each, f"{key}[{i}]") for i, each in enumerate(value))
+        if len(args) == len(value):
+            pairs = zip(args, value, strict=True)
+            return tuple(_convert(each, v, f"{key}[{i}]") for i, (each, v) in enumerate(pairs))
+    elif origin in (dict, Mapping) and isinstance(value, Mapping | ConfigDict):
+        return dict(value)
+    elif isinstance(hint, type) and type(value) is hint:  # type(): True is no int here
+        return value
+    raise UserError(f"config key '{key}' is {value!r}, must be {_name(hint)}")
+
+
+def _convert_union(options: tuple[Any, ...], hint: Any, value: Any, key: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    options = tuple(option for option in options if option is not type(None))
+    if len(options) == 1:
+        return _convert(options[0], value, key)
+    for option in options:
+        try:
+            return _convert(option, value, key)
+        except UserError:
+            continue
+    raise UserError(f"config key '{key}' is {value!r}, must be {_name(hint)}")
+
+
+def _inner_dataclass(hint: Any) -> Any:
+    """The dataclass that `hint` is or may be (`X | None`), else None."""
+    for option in (hint, *typing.get_args(hint)):
+        if dataclasses.is_dataclass(option):
+            return option
+    return None
+
+
+def _dotted(where: str, names: Mapping[str, Any]) -> list[str]:
+    return [f"{where}.{name}" for name in names]
+
+
+def _name(hint: Any) -> str:
+    if dataclasses.is_dataclass(hint):
+        return "a section with keys"
+    return hint.__name__ if isinstance(hint, type) else str(hint)
+
+
+# --- workdir -----------------------------------------------------------------------------------
+
+
+class Workdir:
+    """The folder of one run, locked as long as this object lives.
+
+    Raises UserError if another job is at work in it, if it holds another run (its `config.json`
+    differs), or files that are no run at all; then nothing in it was changed.
+    """
+
+    def __init__(
+        self, path: Path, experiment: str, config: Any, *, may_change: Sequence[str] = ()
+    ) -> None:
+        """Opens or creates `path`; keys in `may_change` (dotted) may differ from the run before."""
+        self.path = path
+        self._config_file = path / "config.json"
+        mine = {"experiment": experiment, **_as_json(config)}
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--workdir={path} is a file, must be a folder")
+        is_new = not self._config_file.exists()
+        if is_new and path.exists() and any(p for p in path.iterdir() if p.name != ".lock"):
+            raise UserError(f"--workdir={path} holds files but no run; choose an empty folder")
+        if not is_new:
+            self._refuse_other_run(mine, may_change)
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(path)
+        write_json(self._config_file, mine)
+
+    def _refuse_other_run(self, mine: dict[str, Any], may_change: Sequence[str]) -> None:
+        try:
+            theirs = _flat(json.loads(self._config_file.read_text("utf-8")))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{self._config_file} is not JSON ({error})") from error
+        ours = _flat(mine)
+        for key in [*ours, *theirs]:
+            if key in may_change or (key in ours and ours[key] == theirs.get(key)):
+                continue
+            raise UserError(
+                f"--workdir={self.path} holds another run: its {key} is "
+                f"{json.dumps(theirs.get(key))}, yours is {json.dumps(ours.get(key))}; choose "
+                "another workdir, or the same value to go on"
+            )
+
+    def write_summary(self, values: Mapping[str, Any], *, seed: int) -> Path:
+        """Writes `summary.json`: headline figures, and what they were made with."""
+        path = self.path / "summary.json"
+        write_json(path, {**values, "seed": seed, **environment()})
+        return path
+
+    def close(self) -> None:
+        """Lets another job in."""
+        self._lock.close()
+
+
+def environment() -> dict[str, Any]:
+    """Versions and devices, as every summary carries them."""
+    return {
+        "jax_version": jax.__version__,
+        "flax_version": flax.__version__,
+        "distillspec_jax_version": distillspec_jax.__version__,
+        "device_kind": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file that is whole at every moment: the old one or the new one."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", "utf-8")
+    os.replace(beside, path)
+
+
+def _lock(path: Path) -> typing.IO[str]:
+    file = (path / ".lock").open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, killed or not
+    except OSError:
+        file.close()
+        raise UserError(
+            f"another job is at work in --workdir={path}; wait or choose another"
+        ) from None
+    return file
+
+
+def _as_json(config: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = prefix + key
+        flat |= _flat(value, name + ".") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _enable_compilation_cache() -> None:
+    """Keeps compiled programs below the user's cache folder: a second start is quick."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(base / "distillspec_jax" / "xla"))

@@ -1,0 +1,87 @@
+"""Fine-tunes a model on the references of a task, by likelihood.
+
+    python -m experiments.finetune --config=experiments/configs/finetune_stories.py:target \
+        --workdir=runs/target
+
+Started again with the same workdir it goes on from the last checkpoint, to the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from distillspec_jax import zoo
+from distillspec_jax.data import tasks
+from distillspec_jax.distill.step import make_finetune_step
+from distillspec_jax.training.loop import LoopConfig, train
+from distillspec_jax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
+from distillspec_jax.training.state import TrainState
+from distillspec_jax.training.validation import make_likelihood
+from experiments import door, parts
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """One fine-tuning run."""
+
+    model: str  # preset to start fresh, or a name or path to start from (zoo.load)
+    task: tasks.TaskConfig
+    data: parts.DataConfig
+    steps: int
+    seed: int = 0
+    dropout: bool = False  # at the rate of the model's config
+    reduction: str = "token"  # mean over tokens, or "sequence": over sequences of token means
+    micro_batches: int = 1  # parts that a batch is computed in, to save memory
+    average_decay: float = 0.0  # of the moving average of weights; 0: none
+    decode_prompts: int = (
+        0  # validation prompts to answer greedily and score with the task's metric
+    )
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loop: LoopConfig = LoopConfig(best_metric="loss", best_mode="min")
+
+
+def main(config: FinetuneConfig, workdir: Path) -> int | None:
+    task = tasks.load_task(config.task)
+    model, params = zoo.load(config.model, seed=config.seed)
+    parts.check_vocabulary(config.model, model, task)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state = TrainState.create(
+        params, optimizer, seed=config.seed, average_decay=config.average_decay
+    )
+    run = parts.open_run(workdir, "finetune", config, model, task)
+    parts.announce("finetune", {"model": (model, params)}, task, config)
+    step = make_finetune_step(
+        model,
+        optimizer,
+        dropout=config.dropout,
+        reduction=config.reduction,
+        micro_batches=config.micro_batches,
+    )
+    result = train(
+        step,
+        state,
+        parts.train_batches(task, config.data, config.seed),
+        config.loop,
+        steps=config.steps,
+        checkpoints=run.checkpoints,
+        writer_of=run.writer_of,
+        evaluate=_make_evaluate(config, model, task),
+        learning_rate=make_schedule(config.optimizer, config.steps),
+        name="finetune",
+    )
+    return run.close(result, seed=config.seed)
+
+
+def _make_evaluate(config: FinetuneConfig, model: Any, task: Any) -> Any:
+    likelihood = make_likelihood(model, parts.validation_batches(task, config.data))
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        return likelihood(state.best_params)
+
+    return evaluate
+
+
+if __name__ == "__main__":
+    door.run(main, FinetuneConfig)
