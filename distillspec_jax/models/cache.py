@@ -62,7 +62,9 @@ def write(buffer: jax.Array, block: jax.Array, lengths: jax.Array) -> jax.Array:
     return at_row(buffer, block.astype(buffer.dtype), lengths)
 
 
-def append(cache: Cache, layer: int, keys: jax.Array, values: jax.Array) -> tuple[KeysValues, KeysValues]:
+def append(
+    cache: Cache, layer: int, keys: jax.Array, values: jax.Array
+) -> tuple[KeysValues, KeysValues]:
     """Writes a block's keys and values into one layer.
 
     Returns ((keys, values) to attend, stale values zeroed; (keys, values) to store).

@@ -32,7 +32,9 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def scaled_normal(scales: float | tuple[float, ...], axes: tuple[str | None, ...]) -> nn.initializers.Initializer:
+def scaled_normal(
+    scales: float | tuple[float, ...], axes: tuple[str | None, ...]
+) -> Callable[..., jax.Array]:
     """Normal initialiser with logical axis names; a tuple gives one scale per index of axis 1."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
