@@ -1,0 +1,101 @@
+"""JSON Lines of one's own: one object per line with a field for the input and one for the target."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import overload
+
+from distillspec_jax.data.examples import Example
+from distillspec_jax.errors import UserError
+
+
+class JsonlExamples(Sequence[Example]):
+    """The validated examples of a JSONL file, held in memory."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        input_field: str = "input",
+        target_field: str = "target",
+        prefix: str = "",
+    ):
+        """Reads and checks the whole file.
+
+        Blank lines are skipped and other fields ignored. With `target_field=""` there are no
+        references: every target is the empty text.
+
+        Raises:
+          UserError: the file is missing, unreadable or holds no example, a line is no JSON object,
+            or a field is missing, empty or not a string; with path and line number.
+        """
+        self.path = path
+        self._lines: list[int] = []
+        self._examples: list[Example] = []
+        for number, line in _numbered_lines(path):
+            if line.strip():
+                record = _record(path, number, line)
+                source = prefix + _text(path, number, record, input_field)
+                target = _text(path, number, record, target_field) if target_field else ""
+                self._examples.append(Example(source, target))
+                self._lines.append(number)
+        if not self._examples:
+            raise UserError(f"'{path}' holds no examples; every line should be a JSON object")
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        return self._examples[index]
+
+    def where(self, index: int) -> str:
+        return f"{self.path}:{self._lines[index]}"
+
+
+def _numbered_lines(path: str | Path) -> list[tuple[int, str]]:
+    try:
+        text = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"the file '{path}' does not exist") from None
+    except OSError as error:
+        raise UserError(f"cannot read '{path}': {error.strerror}") from error
+    numbered = []
+    for number, line in enumerate(text.split(b"\n"), start=1):
+        try:
+            numbered.append((number, line.decode("utf-8-sig" if number == 1 else "utf-8")))
+        except UnicodeDecodeError:
+            raise UserError(f"{path}:{number}: not valid UTF-8") from None
+    return numbered
+
+
+def _record(path: str | Path, number: int, line: str) -> dict:
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        what = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        raise UserError(f"{path}:{number}: not valid JSON ({what})") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{path}:{number}: not a JSON object but a {type(record).__name__}")
+    return record
+
+
+def _text(path: str | Path, number: int, record: dict, field: str) -> str:
+    if field not in record:
+        found = ", ".join(repr(name) for name in record) or "none"
+        raise UserError(f"{path}:{number}: no field '{field}'; the line has {found}")
+    text = record[field]
+    if not isinstance(text, str):
+        raise UserError(
+            f"{path}:{number}: field '{field}' must be a string, not {type(text).__name__}"
+        )
+    if not text.strip():
+        raise UserError(f"{path}:{number}: field '{field}' is empty")
+    return text
