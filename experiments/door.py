@@ -23,6 +23,7 @@ import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 import distillspec_jax
 from distillspec_jax.errors import UserError, unknown_name
@@ -53,7 +54,7 @@ def run(main: Callable[[Any, Path], int | None], config_class: type) -> None:
         _enable_compilation_cache()
         absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every step of a save
         config = _or_exit(lambda: to_dataclass(config_class, _CONFIG.value, "config"))
-        sys.exit(_or_exit(lambda: main(config, Path(_WORKDIR.value).absolute())))
+        sys.exit(_or_exit(lambda: main(config, Path(str(_WORKDIR.value)).absolute())))
 
     app.run(start, flags_parser=parse)
 
@@ -75,31 +76,37 @@ def _parse_flags(argv: Sequence[str], config_class: type) -> list[str]:
     """absl's parser, but bad flags come out as UserError, and defaults can be overridden."""
     if not any(re.match(r"--?help", arg) for arg in argv):
         _check_overrides(argv, config_class)
-    parser = flags.FLAGS["config"].parser
-    load = parser.parse
-
-    def load_and_complete(path: str) -> ConfigDict:
-        if not Path(path.split(":")[0]).is_file():
-            raise UserError(f"there is no config file {path.split(':')[0]} (--config)")
-        config = load(path)
-        if not isinstance(config, ConfigDict):
-            raise UserError(f"get_config() of {path} returns no ConfigDict")
-        _complete(config, config_class)
-        return config
-
-    parser.parse = load_and_complete
+    flags.FLAGS["config"].parser = _ConfigParser(config_class)
     try:
         rest = flags.FLAGS(argv)
-    except (flags.Error, TypeError, ValueError, KeyError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
+    except flags.Error as error:
+        if isinstance(error.__context__, UserError):  # absl wraps what a parser raises
+            raise error.__context__ from None
         raise UserError(f"bad flags: {' '.join(str(error).split())}") from error
-    if _CONFIG.value is None or not _WORKDIR.value:
-        missing = "--config=FILE.py" if _CONFIG.value is None else "--workdir=FOLDER"
-        raise UserError(f"{missing} is missing; see --help")
+    for name, holder in (("--config=FILE.py", _CONFIG), ("--workdir=FOLDER", _WORKDIR)):
+        if not holder.value:
+            raise UserError(f"{name} is missing; see --help")
     if len(rest) > 1:
         raise UserError(f"'{rest[1]}' is not a flag; flags are --config, --config.KEY, --workdir")
     return rest
+
+
+class _ConfigParser(ConfigFileFlagParser):
+    """Loads a config file and completes it with the defaults of its dataclass."""
+
+    def __init__(self, config_class: type) -> None:
+        super().__init__("config", lock_config=False)
+        self._config_class = config_class
+
+    def parse(self, path: str) -> ConfigDict:
+        file = path.split(":")[0]
+        if not Path(file).is_file():
+            raise UserError(f"there is no config file {file} (--config)")
+        config = super().parse(path)
+        if not isinstance(config, ConfigDict):
+            raise UserError(f"get_config() of {file} returns no ConfigDict")
+        _complete(config, self._config_class)
+        return config
 
 
 def _check_overrides(argv: Sequence[str], config_class: type) -> None:
@@ -117,26 +124,28 @@ def _check_overrides(argv: Sequence[str], config_class: type) -> None:
             here, where = _inner_dataclass(hints[name]) or hints[name], f"{where}.{name}"
 
 
-def _complete(config: ConfigDict, config_class: type) -> None:
+def _complete(config: ConfigDict, config_class: type, base: Any = None) -> None:
     """Puts defaults that the file leaves out into `config`, so that flags know their types."""
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
+        default = _default(field, base)
         inner = _inner_dataclass(hints[field.name])
-        if inner is not None and field.name not in config:
-            config[field.name] = ConfigDict()
-        if inner is not None:
+        if inner is not None and default is not None:
+            if field.name not in config:
+                config[field.name] = ConfigDict()
             if isinstance(config[field.name], ConfigDict):
-                _complete(config[field.name], inner)
-        elif field.name not in config and field.default is not dataclasses.MISSING:
-            if field.default is not None:
-                config[field.name] = field.default
+                _complete(config[field.name], inner, default if _is_instance(default) else None)
+        elif field.name not in config and default not in (dataclasses.MISSING, None):
+            config[field.name] = default
 
 
 # --- config ------------------------------------------------------------------------------------
 
 
-def to_dataclass(cls: type[C], values: Mapping[str, Any], where: str) -> C:
+def to_dataclass(cls: type[C], values: Mapping[str, Any], where: str, base: Any = None) -> C:
     """Turns nested mappings into the frozen dataclass `cls`; `where` is the key they are under.
+
+    Keys left out are those of `base`, or the defaults of `cls`.
 
     Raises UserError, with the full dotted key, for an unknown key (and the nearest valid one), a
     missing key and a value of the wrong type.
@@ -147,50 +156,63 @@ def to_dataclass(cls: type[C], values: Mapping[str, Any], where: str) -> C:
             raise unknown_name("config key", f"{where}.{name}", _dotted(where, hints))
     arguments = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        key = f"{where}.{field.name}"
+        key, default = f"{where}.{field.name}", _default(field, base)
         if field.name in values:
-            arguments[field.name] = _convert(hints[field.name], values[field.name], key)
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            arguments[field.name] = _convert(hints[field.name], values[field.name], key, default)
+        elif default is dataclasses.MISSING:
             raise UserError(f"config key '{key}' is missing; it has no default")
+        else:
+            arguments[field.name] = default
     return cls(**arguments)
 
 
-def _convert(hint: Any, value: Any, key: str) -> Any:
+def _convert(hint: Any, value: Any, key: str, default: Any = None) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
     if origin in (typing.Union, types.UnionType):
-        return _convert_union(args, hint, value, key)
+        return _convert_union(args, hint, value, key, default)
     if dataclasses.is_dataclass(hint):
         if isinstance(value, Mapping | ConfigDict):
-            return to_dataclass(hint, value, key)  # type: ignore[arg-type]
+            base = default if _is_instance(default) else None
+            return to_dataclass(hint, value, key, base)  # type: ignore[arg-type]
     elif hint is float and type(value) in (int, float):
         return float(value)
     elif origin is tuple and isinstance(value, tuple | list):
-        if len(args) == 2 and args[1] is ...:
-            return tuple(_convert(args[0], each, f"{key}[{i}]") for i, each in enumerate(value))
-        if len(args) == len(value):
-            pairs = zip(args, value, strict=True)
-            return tuple(_convert(each, v, f"{key}[{i}]") for i, (each, v) in enumerate(pairs))
-    elif origin in (dict, Mapping) and isinstance(value, Mapping | ConfigDict):
-        return dict(value)
+        each = [args[0]] * len(value) if args[-1] is ... else list(args)
+        if len(each) == len(value):
+            items = enumerate(zip(each, value, strict=True))
+            return tuple(_convert(hint, item, f"{key}[{i}]") for i, (hint, item) in items)
     elif isinstance(hint, type) and type(value) is hint:  # type(): True is no int here
         return value
     raise UserError(f"config key '{key}' is {value!r}, must be {_name(hint)}")
 
 
-def _convert_union(options: tuple[Any, ...], hint: Any, value: Any, key: str) -> Any:
+def _convert_union(options: tuple[Any, ...], hint: Any, value: Any, key: str, default: Any) -> Any:
     if value is None and type(None) in options:
         return None
     options = tuple(option for option in options if option is not type(None))
     if len(options) == 1:
-        return _convert(options[0], value, key)
+        return _convert(options[0], value, key, default)
     for option in options:
         try:
             return _convert(option, value, key)
         except UserError:
             continue
     raise UserError(f"config key '{key}' is {value!r}, must be {_name(hint)}")
+
+
+def _default(field: dataclasses.Field[Any], base: Any) -> Any:
+    """The value of a field that is not given; MISSING if it must be."""
+    if base is not None:
+        return getattr(base, field.name)
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _is_instance(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def _inner_dataclass(hint: Any) -> Any:

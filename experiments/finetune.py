@@ -16,30 +16,23 @@ from distillspec_jax import zoo
 from distillspec_jax.data import tasks
 from distillspec_jax.distill.step import make_finetune_step
 from distillspec_jax.training.loop import LoopConfig, train
-from distillspec_jax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
+from distillspec_jax.training.optimizers import make_optimizer, make_schedule
 from distillspec_jax.training.state import TrainState
 from distillspec_jax.training.validation import make_likelihood
 from experiments import door, parts
 
 
-@dataclasses.dataclass(frozen=True)
-class FinetuneConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(parts.TrainingConfig):
     """One fine-tuning run."""
 
     model: str  # preset to start fresh, or a name or path to start from (zoo.load)
-    task: tasks.TaskConfig
-    data: parts.DataConfig
-    steps: int
-    seed: int = 0
     dropout: bool = False  # at the rate of the model's config
     reduction: str = "token"  # mean over tokens, or "sequence": over sequences of token means
-    micro_batches: int = 1  # parts that a batch is computed in, to save memory
-    average_decay: float = 0.0  # of the moving average of weights; 0: none
-    decode_prompts: int = (
-        0  # validation prompts to answer greedily and score with the task's metric
+    decode_prompts: int = 0  # validation prompts to answer greedily, scored by the task's metric
+    loop: LoopConfig = dataclasses.field(
+        default_factory=lambda: LoopConfig(best_metric="loss", best_mode="min")
     )
-    optimizer: OptimizerConfig = OptimizerConfig()
-    loop: LoopConfig = LoopConfig(best_metric="loss", best_mode="min")
 
 
 def main(config: FinetuneConfig, workdir: Path) -> int | None:
@@ -62,7 +55,7 @@ def main(config: FinetuneConfig, workdir: Path) -> int | None:
     result = train(
         step,
         state,
-        parts.train_batches(task, config.data, config.seed),
+        parts.train_batches(task, config),
         config.loop,
         steps=config.steps,
         checkpoints=run.checkpoints,
@@ -75,7 +68,8 @@ def main(config: FinetuneConfig, workdir: Path) -> int | None:
 
 
 def _make_evaluate(config: FinetuneConfig, model: Any, task: Any) -> Any:
-    likelihood = make_likelihood(model, parts.validation_batches(task, config.data))
+    batches = parts.validation_batches(task, config, config.validation_examples, config.batch_size)
+    likelihood = make_likelihood(model, batches)
 
     def evaluate(state: TrainState) -> dict[str, float]:
         return likelihood(state.best_params)

@@ -1,4 +1,4 @@
-"""What the training entrypoints share: data, vocabulary check, announcement, opening and closing."""
+"""What the training entrypoints share: data, checks, and the opening and closing of a run."""
 
 from __future__ import annotations
 
@@ -11,68 +11,81 @@ from typing import Any
 import jax
 
 from distillspec_jax.data import pipeline
+from distillspec_jax.data.batch import Batch
+from distillspec_jax.data.examples import take
+from distillspec_jax.data.tasks import Task, TaskConfig
 from distillspec_jax.errors import UserError
+from distillspec_jax.models.transformer import Transformer
 from distillspec_jax.training.checkpoints import Checkpoints
-from distillspec_jax.training.loop import Result
+from distillspec_jax.training.loop import LoopConfig, Result
 from distillspec_jax.training.metrics import MetricsWriter
+from distillspec_jax.training.optimizers import OptimizerConfig
 from experiments import door
 
 
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Which examples, and the shape of a batch of them."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What the configs of all training entrypoints have."""
 
-    batch_size: int  # B
-    input_length: int  # S
-    target_length: int  # T, EOS included
+    task: TaskConfig
+    steps: int
+    batch_size: int  # B, over all hosts
+    seed: int = 0
     train_split: str = "train"
     validation_split: str = "validation"
     validation_examples: int = 500
-    truncate: bool = False  # else an example that is too long is an error
+    length_bucket: int = 0  # above 0: like lengths share a batch (pipeline.batches)
+    micro_batches: int = 1  # parts that a batch is computed in, to save memory
+    average_decay: float = 0.0  # of the moving average of weights; 0: none
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
-        for field in ("batch_size", "input_length", "target_length", "validation_examples"):
+        for field in ("steps", "batch_size", "validation_examples", "micro_batches"):
             if getattr(self, field) < 1:
-                raise UserError(f"data.{field} is {getattr(self, field)}, must be at least 1")
-
-
-def train_batches(task: Any, data: DataConfig, seed: int) -> Callable[[int], Iterator[Any]]:
-    """Step -> the endless batches from that step on; their order is a function of (seed, step)."""
-    examples = task.examples(data.train_split)
-
-    def from_step(step: int) -> Iterator[Any]:
-        return iter(
-            pipeline.batches(
-                examples,
-                task.vocabulary,
-                batch_size=data.batch_size,
-                input_length=data.input_length,
-                target_length=data.target_length,
-                seed=seed,
-                start_step=step,
-                truncate=data.truncate,
+                raise UserError(f"config.{field} is {getattr(self, field)}, must be at least 1")
+        if self.batch_size % self.micro_batches:
+            raise UserError(
+                f"config.micro_batches is {self.micro_batches}, must divide the batch size "
+                f"{self.batch_size}"
             )
+        if not 0 <= self.average_decay < 1:
+            raise UserError(f"config.average_decay is {self.average_decay}, must be within [0, 1)")
+
+
+def train_batches(task: Task, config: TrainingConfig) -> Callable[[int], Iterator[Batch]]:
+    """Step -> the endless batches from that step on; their order is a function of (seed, step)."""
+
+    def from_step(step: int) -> Iterator[Batch]:
+        return task.batches(
+            config.train_split,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start_step=step,
+            bucket=config.length_bucket,
         )
 
     return from_step
 
 
-def validation_batches(task: Any, data: DataConfig, limit: int | None = None) -> list[Any]:
-    """The first `limit` (validation_examples) examples of the validation split, in order."""
-    examples = task.examples(data.validation_split)
-    count = min(limit or data.validation_examples, len(examples))
-    batches = pipeline.eval_batches(
-        [examples[i] for i in range(count)],
-        task.vocabulary,
-        batch_size=data.batch_size,
-        input_length=data.input_length,
-        target_length=data.target_length,
-        truncate=data.truncate,
+def validation_batches(
+    task: Task, config: TrainingConfig, count: int, batch_size: int
+) -> list[Batch]:
+    """The first `count` examples of the validation split, in order."""
+    examples = task.examples(config.validation_split)
+    return list(
+        pipeline.eval_batches(
+            take(examples, range(min(count, len(examples)))),
+            task.vocabulary,
+            batch_size=batch_size,
+            input_length=task.input_length,
+            target_length=task.target_length,
+            truncate=task.truncate,
+        )
     )
-    return list(batches)
 
 
-def check_vocabulary(name: str, model: Any, task: Any) -> None:
+def check_vocabulary(name: str, model: Transformer, task: Task) -> None:
     """Refuses a model whose output has no row for some piece of the task's vocabulary."""
     pieces, size = model.config.num_pieces, task.vocabulary.size
     if pieces < size:
@@ -117,7 +130,7 @@ class Run:
         return None
 
 
-def open_run(workdir: Path, experiment: str, config: Any, model: Any, task: Any) -> Run:
+def open_run(workdir: Path, experiment: str, config: TrainingConfig, model: Any, task: Task) -> Run:
     """Opens the workdir of a training run; config needs `optimizer` and `loop`."""
     may_change = () if config.optimizer.depends_on_steps else ("steps",)
     opened = door.Workdir(workdir, experiment, config, may_change=may_change)
@@ -131,9 +144,10 @@ def open_run(workdir: Path, experiment: str, config: Any, model: Any, task: Any)
     return Run(opened, Checkpoints(workdir, description, keep_last=config.loop.keep_last))
 
 
-def announce(name: str, models: Mapping[str, tuple[Any, Any]], task: Any, config: Any) -> None:
+def announce(
+    name: str, models: Mapping[str, tuple[Any, Any]], task: Task, config: TrainingConfig
+) -> None:
     """Says what is about to happen: models, parameters, devices, data, memory."""
-    data = config.data
     total = 0
     print(f"{name}: {config.steps} steps, seed {config.seed}")
     for role, (model, params) in models.items():
@@ -143,8 +157,8 @@ def announce(name: str, models: Mapping[str, tuple[Any, Any]], task: Any, config
     devices = jax.devices()
     print(f"  devices: {len(devices)} x {devices[0].device_kind}")
     print(
-        f"  data: {task.name}, {len(task.examples(data.train_split)):,} training examples, batch "
-        f"{data.batch_size}, up to {data.input_length} + {data.target_length} tokens, vocabulary "
+        f"  data: {task.name}, {len(task.examples(config.train_split)):,} training examples, batch "
+        f"{config.batch_size}, up to {task.input_length} + {task.target_length} tokens, vocabulary "
         f"of {task.vocabulary.size}"
     )
     print(f"  memory: about {total * 4 / 2**20:,.0f} MiB of weights, gradients and optimiser state")

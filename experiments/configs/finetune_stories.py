@@ -17,16 +17,11 @@ def get_config(which: str = "draft") -> ConfigDict:
     config = ConfigDict()
     config.model = "cpu_target" if is_target else "cpu_draft"
     config.seed = 0
-    config.steps = 12_000 if is_target else 4_000
+    config.steps = 6_000 if is_target else 4_000
     config.task = ConfigDict({"name": "arithmetic_stories"})
-    config.data = ConfigDict(
-        {
-            "train_split": "pretrain" if is_target else "train",
-            "batch_size": 32,
-            "input_length": 64,
-            "target_length": 64,
-        }
-    )
+    config.train_split = "pretrain" if is_target else "train"
+    config.batch_size = 32
+    config.length_bucket = 8
     config.optimizer = ConfigDict(
         {
             "learning_rate": 1e-3 if is_target else 2e-3,
