@@ -6,6 +6,7 @@ draws the `n`-th slice of the endless order, and each host takes its rows of tha
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -19,6 +20,7 @@ from distillspec_jax.errors import UserError
 # Longer data sets are checked for over-long examples up to here before the first batch, and
 # behind it as they are drawn: a run should fail in its first second, not in its second hour.
 CHECKED_AHEAD = 20_000
+GROUP = 16  # batches whose examples are sorted by length together
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
 
 
@@ -33,6 +35,7 @@ def batches(
     start_step: int = 0,
     truncate: bool = False,
     shuffle: bool = True,
+    bucket: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
@@ -47,6 +50,8 @@ def batches(
       start_step: batches that an earlier part of the run has used.
       truncate: cut over-long examples (the target keeps its end of sequence); else they are errors.
       shuffle: False keeps the order of the data.
+      bucket: above 0, examples of like target length share a batch, and T is cut to the next
+        multiple of it: less padding, at most target_length / bucket compiled shapes.
       process_index, process_count: which rows of each batch are this host's.
 
     Raises:
@@ -65,8 +70,14 @@ def batches(
         order = order.seed(seed).shuffle()
     rows = batch_size // process_count
     mine = slice(process_index * rows, (process_index + 1) * rows)
-    steps = order.repeat().batch(batch_size)[start_step:]
-    return iter(steps.map(lambda ids: encode(ids[mine])).to_iter_dataset(_READ_OPTIONS))
+    if not bucket:
+        steps = order.repeat().batch(batch_size)[start_step:]
+        return iter(steps.map(lambda ids: encode(ids[mine])).to_iter_dataset(_READ_OPTIONS))
+    group, done = divmod(start_step, GROUP)
+    groups = order.repeat().batch(batch_size * GROUP)[group:]
+    grouped = groups.map(lambda ids: _by_length(encode(ids), batch_size, bucket, seed))
+    flat = itertools.chain.from_iterable(grouped.to_iter_dataset(_READ_OPTIONS))
+    return (_rows(batch, mine) for batch in itertools.islice(flat, done, None))
 
 
 def eval_batches(
@@ -98,6 +109,24 @@ def eval_batches(
     mine = ids.reshape(-1, process_count, rows)[:, process_index]
     steps = grain.MapDataset.source(mine)
     return iter(steps.map(encode).to_iter_dataset(_READ_OPTIONS))
+
+
+def _by_length(group: Batch, batch_size: int, bucket: int, seed: int) -> list[Batch]:
+    """Splits a group into batches of like target length, in an order drawn from (seed, ids)."""
+    lengths = (group.targets != 0).sum(1)
+    order = np.argsort(lengths, kind="stable").reshape(-1, batch_size)
+    np.random.default_rng((seed, int(group.example_ids[0]))).shuffle(order)
+    batches = []
+    for ids in order:
+        longest = max(int(lengths[ids].max()), 1)
+        width = min(-(-longest // bucket) * bucket, group.targets.shape[1])
+        batch = _rows(group, ids)
+        batches.append(batch.replace(targets=batch.targets[:, :width]))
+    return batches
+
+
+def _rows(batch: Batch, rows: slice | np.ndarray) -> Batch:
+    return Batch(batch.inputs[rows], batch.targets[rows], batch.example_ids[rows])
 
 
 class _Encoder:

@@ -20,8 +20,8 @@ SPLIT_SIZES = {
     "tuning": 1_000,
     "test": 2_000,
 }
-MAX_QUESTION_TOKENS = 48
-MAX_ANSWER_TOKENS = 63  # the end of sequence makes it 64
+MAX_QUESTION_TOKENS = 40
+MAX_ANSWER_TOKENS = 55  # the end of sequence makes it 56
 
 _NUM_BUCKETS = 16
 _BUCKETS = {

@@ -67,8 +67,8 @@ _DATA_SETS = {
     "arithmetic_stories": _DataSet(
         "arithmetic_stories.ArithmeticStories",
         "exact_match_number",
-        input_length=48,
-        target_length=64,
+        input_length=40,
+        target_length=56,
         vocabulary="arithmetic_stories",
     ),
     "jsonl": _DataSet("", "none", input_length=512, target_length=256),
@@ -123,7 +123,7 @@ class Task:
         return BuiltExamples(source, f"{self.name}/{split}", self._prefix)
 
     def batches(
-        self, split: str, *, batch_size: int, seed: int, start_step: int = 0, **hosts: int
+        self, split: str, *, batch_size: int, seed: int, start_step: int = 0, **options: int
     ) -> Iterator[Batch]:
         """Endless training batches of a split; the rest as in `pipeline.batches`."""
         if self.evaluation_only:
@@ -137,7 +137,7 @@ class Task:
             seed=seed,
             start_step=start_step,
             truncate=self.truncate,
-            **hosts,
+            **options,
         )
 
     def eval_batches(self, split: str, *, batch_size: int, **hosts: int) -> Iterator[Batch]:

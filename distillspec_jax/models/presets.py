@@ -12,7 +12,7 @@ from distillspec_jax.errors import unknown_name
 from distillspec_jax.models.config import ModelConfig
 
 T5_ROWS, T5_PIECES = 32_128, 32_100  # 32,000 pieces and 100 sentinels; the rest is padding
-STORIES_PIECES = 512
+STORIES_ROWS, STORIES_PIECES = 448, 423  # rows: a multiple of 64, to split over devices
 
 # name: D, F, layers of each stack, N, H
 _T5_SHAPES = {
@@ -68,7 +68,8 @@ def _stories(name: str, shape: tuple[int, ...], encoder_layers: int) -> ModelCon
     d_model, d_ff, depth, num_heads, head_dim = shape
     return ModelConfig(
         name=name,
-        vocab_size=STORIES_PIECES,
+        vocab_size=STORIES_ROWS,
+        num_pieces=STORIES_PIECES,
         d_model=d_model,
         d_ff=d_ff,
         num_heads=num_heads,
