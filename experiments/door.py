@@ -1,14 +1,13 @@
-"""The door of every entrypoint: flags, config, workdir, errors and the files all of them write.
+"""The door of every entrypoint: flags and config files come in, a frozen dataclass goes on.
 
 An entrypoint is a frozen dataclass, a `main(config, workdir)` and `door.run(main, Config)`.
-Below the door there are no flags and no ConfigDict.
+Below the door there are no flags and no ConfigDict; errors come out of it as one sentence.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import json
+import errno
 import os
 import re
 import sys
@@ -18,14 +17,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import flax
 import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
-import distillspec_jax
 from distillspec_jax.errors import UserError, unknown_name
 
 C = TypeVar("C")
@@ -36,6 +33,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder for everything the run writes")
 
 BAD_INPUT = 2
+_ENVIRONMENT_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 STOPPED = 143  # what a shell reports for SIGTERM: the job is saved but not done
 
 
@@ -64,12 +62,11 @@ def _or_exit(action: Callable[[], Any]) -> Any:
         return action()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-    except PermissionError as error:
-        print(f"error: not allowed to write {error.filename}", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in _ENVIRONMENT_ERRORS:
+            raise
+        print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
     sys.exit(BAD_INPUT)
-
-
-# --- flags -------------------------------------------------------------------------------------
 
 
 def _parse_flags(argv: Sequence[str], config_class: type) -> list[str]:
@@ -137,9 +134,6 @@ def _complete(config: ConfigDict, config_class: type, base: Any = None) -> None:
                 _complete(config[field.name], inner, default if _is_instance(default) else None)
         elif field.name not in config and default not in (dataclasses.MISSING, None):
             config[field.name] = default
-
-
-# --- config ------------------------------------------------------------------------------------
 
 
 def to_dataclass(cls: type[C], values: Mapping[str, Any], where: str, base: Any = None) -> C:
@@ -231,102 +225,6 @@ def _name(hint: Any) -> str:
     if dataclasses.is_dataclass(hint):
         return "a section with keys"
     return hint.__name__ if isinstance(hint, type) else str(hint)
-
-
-# --- workdir -----------------------------------------------------------------------------------
-
-
-class Workdir:
-    """The folder of one run, locked as long as this object lives.
-
-    Raises UserError if another job is at work in it, if it holds another run (its `config.json`
-    differs), or files that are no run at all; then nothing in it was changed.
-    """
-
-    def __init__(
-        self, path: Path, experiment: str, config: Any, *, may_change: Sequence[str] = ()
-    ) -> None:
-        """Opens or creates `path`; keys in `may_change` (dotted) may differ from the run before."""
-        self.path = path
-        self._config_file = path / "config.json"
-        mine = {"experiment": experiment, **_as_json(config)}
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--workdir={path} is a file, must be a folder")
-        is_new = not self._config_file.exists()
-        if is_new and path.exists() and any(p for p in path.iterdir() if p.name != ".lock"):
-            raise UserError(f"--workdir={path} holds files but no run; choose an empty folder")
-        if not is_new:
-            self._refuse_other_run(mine, may_change)
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(path)
-        write_json(self._config_file, mine)
-
-    def _refuse_other_run(self, mine: dict[str, Any], may_change: Sequence[str]) -> None:
-        try:
-            theirs = _flat(json.loads(self._config_file.read_text("utf-8")))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{self._config_file} is not JSON ({error})") from error
-        ours = _flat(mine)
-        for key in [*ours, *theirs]:
-            if key in may_change or (key in ours and ours[key] == theirs.get(key)):
-                continue
-            raise UserError(
-                f"--workdir={self.path} holds another run: its {key} is "
-                f"{json.dumps(theirs.get(key))}, yours is {json.dumps(ours.get(key))}; choose "
-                "another workdir, or the same value to go on"
-            )
-
-    def write_summary(self, values: Mapping[str, Any], *, seed: int) -> Path:
-        """Writes `summary.json`: headline figures, and what they were made with."""
-        path = self.path / "summary.json"
-        write_json(path, {**values, "seed": seed, **environment()})
-        return path
-
-    def close(self) -> None:
-        """Lets another job in."""
-        self._lock.close()
-
-
-def environment() -> dict[str, Any]:
-    """Versions and devices, as every summary carries them."""
-    return {
-        "jax_version": jax.__version__,
-        "flax_version": flax.__version__,
-        "distillspec_jax_version": distillspec_jax.__version__,
-        "device_kind": jax.devices()[0].device_kind,
-        "device_count": jax.device_count(),
-    }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a file that is whole at every moment: the old one or the new one."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", "utf-8")
-    os.replace(beside, path)
-
-
-def _lock(path: Path) -> typing.IO[str]:
-    file = (path / ".lock").open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, killed or not
-    except OSError:
-        file.close()
-        raise UserError(
-            f"another job is at work in --workdir={path}; wait or choose another"
-        ) from None
-    return file
-
-
-def _as_json(config: Any) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = prefix + key
-        flat |= _flat(value, name + ".") if isinstance(value, dict) else {name: value}
-    return flat
 
 
 def _enable_compilation_cache() -> None:

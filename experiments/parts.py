@@ -21,6 +21,7 @@ from distillspec_jax.training.loop import LoopConfig, Result
 from distillspec_jax.training.metrics import MetricsWriter
 from distillspec_jax.training.optimizers import OptimizerConfig
 from experiments import door
+from experiments.workdir import Workdir
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ def check_vocabulary(name: str, model: Transformer, task: Task) -> None:
 class Run:
     """An opened workdir with its checkpoints."""
 
-    workdir: door.Workdir
+    workdir: Workdir
     checkpoints: Checkpoints
 
     def writer_of(self, resumed_step: int) -> MetricsWriter:
@@ -133,7 +134,7 @@ class Run:
 def open_run(workdir: Path, experiment: str, config: TrainingConfig, model: Any, task: Task) -> Run:
     """Opens the workdir of a training run; config needs `optimizer` and `loop`."""
     may_change = () if config.optimizer.depends_on_steps else ("steps",)
-    opened = door.Workdir(workdir, experiment, config, may_change=may_change)
+    opened = Workdir(workdir, experiment, config, may_change=may_change)
     description = {
         "model": dataclasses.asdict(model.config),
         "vocabulary_fingerprint": task.vocabulary.fingerprint,

@@ -1,0 +1,122 @@
+"""The folder of a run: whose it is, who is at work in it, and the files every run writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import flax
+import jax
+
+import distillspec_jax
+from distillspec_jax.errors import UserError
+from experiments import door
+
+CONFIG, LOCK, SUMMARY = "config.json", ".lock", "summary.json"
+
+
+class Workdir:
+    """The folder of one run, locked as long as this object lives.
+
+    Raises UserError if another job is at work in it, if it holds another run (its `config.json`
+    differs), or files that are no run at all; then nothing in it was changed.
+    """
+
+    def __init__(
+        self, path: Path, experiment: str, config: Any, *, may_change: Sequence[str] = ()
+    ) -> None:
+        """Opens or creates `path`.
+
+        Args:
+          path: the folder.
+          experiment: name of the entrypoint.
+          config: its dataclass; written to `config.json`.
+          may_change: dotted keys whose value may differ from the run that is there.
+        """
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--workdir={path} is a file, must be a folder")
+        present = {entry.name for entry in path.iterdir()} if path.exists() else set()
+        if present - {CONFIG, LOCK}:
+            _refuse_other_run(path, experiment, config, may_change)
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._lock = _lock(path)
+        write_json(path / CONFIG, {"experiment": experiment, **dataclasses.asdict(config)})
+
+    def write_summary(self, values: Mapping[str, Any], *, seed: int) -> Path:
+        """Writes `summary.json`: headline figures, and what they were made with."""
+        path = self.path / SUMMARY
+        write_json(path, {**values, "seed": seed, **environment()})
+        return path
+
+    def close(self) -> None:
+        """Lets another job in."""
+        self._lock.close()
+
+
+def _refuse_other_run(path: Path, experiment: str, config: Any, may_change: Sequence[str]) -> None:
+    try:
+        theirs = json.loads((path / CONFIG).read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"--workdir={path} holds files but no run; choose an empty or a new folder"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path / CONFIG} is not JSON ({error})") from None
+    name = theirs.pop("experiment", None)
+    if name != experiment:
+        raise UserError(
+            f"--workdir={path} holds a run of '{name}', this is '{experiment}'; choose another"
+        )
+    # Through the dataclass: keys that are newer than the run have their defaults.
+    before = door.to_dataclass(type(config), theirs, str(path / CONFIG))
+    old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(config))
+    for key, value in new.items():
+        if old[key] != value and key not in may_change:
+            raise UserError(
+                f"--workdir={path} holds another run: its {key} is {json.dumps(old[key])}, yours "
+                f"is {json.dumps(value)}; choose another workdir, or the same value to go on"
+            )
+
+
+def environment() -> dict[str, Any]:
+    """Versions and devices, as every summary carries them."""
+    return {
+        "jax_version": jax.__version__,
+        "flax_version": flax.__version__,
+        "distillspec_jax_version": distillspec_jax.__version__,
+        "device_kind": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file that is whole at every moment: the old one or the new one."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", "utf-8")
+    os.replace(beside, path)
+
+
+def _lock(path: Path) -> IO[str]:
+    file = (path / LOCK).open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, killed or not
+    except OSError:
+        file.close()
+        raise UserError(
+            f"another job is at work in --workdir={path}; wait or choose another"
+        ) from None
+    return file
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = prefix + key
+        flat |= _flat(value, name + ".") if isinstance(value, dict) else {name: value}
+    return flat
