@@ -1,0 +1,190 @@
+"""Acceptance and block efficiency: closed forms, numpy beside it, and exact enumeration."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from distillspec_jax.decoding.sampling import Sampling
+from distillspec_jax.errors import UserError
+from distillspec_jax.evaluation.acceptance import (
+    along_texts,
+    blocks_along_texts,
+    iid_block_efficiency,
+    token_acceptance,
+)
+from distillspec_jax.models.config import ModelConfig
+from distillspec_jax.models.transformer import Transformer, init_params, score
+
+EOS = 1
+
+
+def tiny(name, seed, **changes):
+    sizes = dict(vocab_size=13, d_model=6, num_heads=2, head_dim=5, d_ff=11)
+    layers = dict(num_encoder_layers=1, num_decoder_layers=1)
+    model = Transformer(ModelConfig(name, **{**sizes, **layers, **changes}))
+    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(seed))
+    return model, jax.tree.map(lambda x: 3 * x, params)  # sharper than a fresh model
+
+
+def test_overlap_is_one_less_total_variation():
+    p, q = np.random.default_rng(0).dirichlet(np.ones(7), (2, 3, 5))
+    expected = 1 - 0.5 * np.abs(p - q).sum(-1)
+    np.testing.assert_allclose(token_acceptance(jnp.array(p), jnp.array(q)), expected, rtol=1e-5)
+    one_hot = jnp.eye(3)
+    np.testing.assert_array_equal(token_acceptance(one_hot, one_hot[::-1]), [0, 1, 0])
+
+
+@pytest.mark.parametrize("encoder_layers", [1, 0])
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.0])
+def test_teacher_forced_acceptance_equals_numpy(encoder_layers, temperature):
+    target, target_params = tiny("target", 0, num_encoder_layers=encoder_layers)
+    draft, draft_params = tiny("draft", 1, d_model=4, num_encoder_layers=encoder_layers)
+    inputs = jnp.array([[5, 9, 3, 0], [7, 2, 8, 12], [4, 0, 0, 0]])
+    texts = jnp.array([[6, 3, 1, 0, 0], [2, 11, 10, 9, 4], [1, 0, 0, 0, 0]])
+    measured = along_texts(
+        target, target_params, draft, draft_params, inputs, texts, sampling=Sampling(temperature)
+    )
+    np.testing.assert_array_equal(measured.lengths, [3, 5, 1])
+
+    def distribution(model, params):
+        logits = np.asarray(score(model, params, inputs, texts), np.float64)
+        if temperature == 0:
+            return np.eye(13)[logits.argmax(-1)]
+        weights = np.exp((logits - logits.max(-1, keepdims=True)) / temperature)
+        return weights / weights.sum(-1, keepdims=True)
+
+    p, q = distribution(target, target_params), distribution(draft, draft_params)
+    for row, length in enumerate([3, 5, 1]):
+        for t in range(5):
+            if t >= length:
+                assert measured.overlap[row, t] == measured.accept[row, t] == 0
+                continue
+            v = int(texts[row, t])
+            overlap = np.minimum(p[row, t], q[row, t]).sum()
+            accept = min(1, q[row, t, v] / p[row, t, v]) if p[row, t, v] > 0 else 0
+            assert measured.overlap[row, t] == pytest.approx(overlap, abs=1e-5)
+            assert measured.accept[row, t] == pytest.approx(accept, abs=1e-4)
+
+
+def test_a_draft_with_its_own_sampling():
+    model, params = tiny("same", 0)
+    inputs, texts = jnp.array([[5, 9]]), jnp.array([[6, 3, 1]])
+    same = along_texts(model, params, model, params, inputs, texts)
+    np.testing.assert_allclose(same.overlap, 1, atol=1e-6)
+    # a draft that takes its argmax is one-hot: it agrees with p at p's largest entry alone
+    greedy = along_texts(
+        model, params, model, params, inputs, texts, draft_sampling=Sampling(temperature=0)
+    )
+    largest = np.asarray(jax.nn.softmax(score(model, params, inputs, texts))).max(-1)
+    np.testing.assert_allclose(greedy.overlap, largest, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [1, 2, 5, 7])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.9, 1.0])
+def test_constant_acceptance_gives_the_formula(beta, gamma):
+    length = 20000
+    tokens, calls = blocks_along_texts(np.full((1, length), beta), np.array([length]), gamma)
+    expected = gamma + 1 if beta == 1 else (1 - beta ** (gamma + 1)) / (1 - beta)
+    assert iid_block_efficiency(beta, gamma) == pytest.approx(expected)
+    assert tokens.sum() / calls.sum() == pytest.approx(expected, rel=1e-3)
+
+
+def test_certain_acceptances_cut_the_text_into_the_blocks_one_can_count():
+    # accepted? y y n y y y n | gamma 2: [y y n] [y y y] [n] ; gamma 1: [yn would skip] see below
+    accept = np.array([[1, 1, 0, 1, 1, 1, 0, 9, 9]], float)
+    lengths = np.array([7])
+    assert blocks_along_texts(accept, lengths, 2)[1] == [3]
+    # gamma 1: (0 1) (2) (3 4) (5 6): token 6 is a bonus, so its rejection is never asked for
+    assert blocks_along_texts(accept, lengths, 1)[1] == [4]
+    # gamma 3: (0 1 2) (3 4 5 6), gamma 7 the same
+    assert blocks_along_texts(accept, lengths, 3)[1] == [2]
+    assert blocks_along_texts(accept, lengths, 7)[1] == [2]
+    assert blocks_along_texts(accept, lengths, 7)[0] == [7]
+
+
+def test_an_accepted_end_closes_the_text_and_empty_rows_cost_nothing():
+    accept = np.ones((3, 4))
+    tokens, calls = blocks_along_texts(accept, np.array([4, 2, 0]), 4)
+    np.testing.assert_array_equal(tokens, [4, 2, 0])
+    np.testing.assert_array_equal(calls, [1, 1, 0])
+
+
+def test_hard_and_easy_texts_are_weighted_by_their_blocks():
+    # half of the texts 0.5, half 0.95, gamma 7: harmonic mean of the formula's two values
+    accept = np.repeat([[0.5], [0.95]], 9001, axis=1)
+    tokens, calls = blocks_along_texts(accept, np.array([9001, 9001]), 7)
+    each = [iid_block_efficiency(beta, 7) for beta in (0.5, 0.95)]
+    assert each == pytest.approx([1.992, 6.732], abs=1e-3)
+    assert tokens.sum() / calls.sum() == pytest.approx(2 / (1 / each[0] + 1 / each[1]), rel=1e-3)
+
+
+class Chain:
+    """Target and draft as Markov chains over 3 tokens, end-of-sequence forced at `limit`."""
+
+    def __init__(self, seed, limit):
+        rng = np.random.default_rng(seed)
+        self.limit = limit
+        self.p, self.q = rng.dirichlet(np.ones(3), (2, 3))
+
+    def rows(self, text):
+        if len(text) == self.limit - 1:
+            return np.eye(3)[EOS], np.eye(3)[EOS]
+        last = text[-1] if text else 0
+        return self.p[last], self.q[last]
+
+    def texts(self):
+        """Every text with its probability under the target."""
+        for length in range(1, self.limit + 1):
+            for body in itertools.product([0, 2], repeat=length - 1):
+                text, probability = (*body, EOS), 1.0
+                for t, token in enumerate(text):
+                    probability *= self.rows(text[:t])[0][token]
+                yield text, probability
+
+    def expected_calls(self, text, gamma):
+        """Target calls from `text` on, by every draft token, acceptance and correction."""
+        if text and text[-1] == EOS:
+            return 0.0
+
+        def walk(drafted):
+            whole = text + drafted
+            if whole and whole[-1] == EOS:
+                return 0.0
+            p, q = self.rows(whole)
+
+            def calls_after(law):
+                return sum(
+                    law[v] * self.expected_calls((*whole, v), gamma) for v in range(3) if law[v]
+                )
+
+            if len(drafted) == gamma:
+                return calls_after(p)
+            accepted = np.minimum(p, q)
+            further = sum(accepted[v] * walk((*drafted, v)) for v in range(3) if accepted[v])
+            return further + calls_after(p - accepted)  # mass of the residual: P(rejected)
+
+        return 1.0 + walk(())
+
+
+@pytest.mark.parametrize("gamma", [1, 2, 3])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_blocks_along_target_texts_are_those_of_speculative_decoding(seed, gamma):
+    chain = Chain(seed, limit=5)
+    calls = total = 0.0
+    for text, probability in chain.texts():
+        accept = np.zeros((1, 5))
+        for t, token in enumerate(text):
+            p, q = chain.rows(text[:t])
+            accept[0, t] = min(1, q[token] / p[token])
+        calls += probability * blocks_along_texts(accept, np.array([len(text)]), gamma)[1][0]
+        total += probability
+    assert total == pytest.approx(1)
+    assert calls == pytest.approx(chain.expected_calls((), gamma), abs=1e-12)
+
+
+def test_gamma_below_one_is_refused():
+    with pytest.raises(UserError, match="gamma is 0"):
+        blocks_along_texts(np.ones((1, 2)), np.array([2]), 0)
