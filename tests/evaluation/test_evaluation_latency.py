@@ -1,12 +1,13 @@
-"""Clocks: formulas by hand, interleaving, and ratios on calls of known duration."""
+"""Clocks: formulas by hand, interleaving, and ratios on a clock that the test itself turns."""
 
-import time
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from distillspec_jax.evaluation import latency
 from distillspec_jax.evaluation.latency import (
     Clock,
     StepCosts,
@@ -16,7 +17,24 @@ from distillspec_jax.evaluation.latency import (
     step_costs,
 )
 from distillspec_jax.models.config import ModelConfig
-from distillspec_jax.models.transformer import Transformer, init_params
+from distillspec_jax.models.transformer import Transformer, extend, init_params, start
+
+
+class FakeTime:
+    """Stands in for the module `time`: passes only where a call says how long it takes."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    fake = FakeTime()
+    monkeypatch.setattr(latency, "time", fake)
+    return fake
 
 
 def test_predictions_by_hand():
@@ -29,7 +47,7 @@ def test_predictions_by_hand():
 
 def test_calls_take_turns_in_changing_order():
     log = []
-    calls = {name: lambda name=name: log.append(name) for name in "abc"}
+    calls = {name: functools.partial(log.append, name) for name in "abc"}
     timings = side_by_side(calls, repeats=8)
     assert log[:3] == ["a", "b", "c"]  # the warm-up
     rounds = ["".join(log[3 + 3 * i : 6 + 3 * i]) for i in range(8)]
@@ -39,66 +57,91 @@ def test_calls_take_turns_in_changing_order():
     assert all(timing.seconds.shape == (8,) for timing in timings.values())
 
 
-def test_first_call_is_kept_apart():
-    waits = iter([0.05, 0.0, 0.0, 0.0])
-    timing = side_by_side({"x": lambda: time.sleep(next(waits))}, repeats=3)["x"]
-    assert timing.first_call > 0.04
-    assert timing.median < 0.02
+def test_first_call_is_kept_apart_and_the_median_counts(clock):
+    waits = iter([90.0, 3.0, 1.0, 50.0])
+
+    def call():
+        clock.now += next(waits)
+
+    timing = side_by_side({"x": call}, repeats=3)["x"]
+    assert timing.first_call == 90
+    assert timing.median == 3
 
 
-def decoder(tokens, seconds):
-    """Takes `seconds` a prompt, and says that it wrote `tokens`."""
+def test_race_measures_rates_of_the_same_prompts_after_a_warm_up(clock):
+    compiled = set()
+
+    def decoder(name, seconds, tokens):
+        def decode(prompt):
+            clock.now += 0 if name in compiled else 100
+            compiled.add(name)
+            clock.now += seconds * prompt
+            return jnp.zeros((1, 9)), jnp.array([tokens * prompt])
+
+        return decode
+
+    seen = []
+    decoders = {"plain": decoder("plain", 4.0, 3), "fast": decoder("fast", 2.0, 4)}
+    measured = race(decoders, [1, 2, 3, 5], repeats=3, on_prompt=seen.append)
+    assert seen == [1, 2, 3, 4]
+    np.testing.assert_array_equal(measured.tokens["fast"], [4, 8, 12, 20])
+    np.testing.assert_allclose(measured.seconds["plain"], [4, 8, 12, 20])
+    assert measured.compile_seconds == {"plain": 100, "fast": 100}
+    assert measured.spread == {"plain": 0, "fast": 0}
+    assert measured.tokens_per_second("plain").value == pytest.approx(3 / 4)
+    speedup = measured.speedup("fast", over="plain")
+    assert (speedup.value, speedup.low, speedup.high) == pytest.approx([8 / 3] * 3)
+
+
+def test_spread_is_that_of_the_repeats(clock):
+    waits = iter([9.0, 4.0, 2.0, 5.0])
 
     def decode(prompt):
-        time.sleep(seconds)
-        return jnp.zeros((1, 9)), jnp.array([tokens * prompt])
+        clock.now += next(waits)
+        return jnp.zeros((1, 2)), jnp.array([1])
 
-    return decode
-
-
-def test_race_measures_the_ratio_of_rates():
-    seen = []
-    clock = race(
-        {"plain": decoder(3, 0.012), "fast": decoder(4, 0.008)},
-        [1, 2, 3, 4],
-        repeats=3,
-        on_prompt=seen.append,
-    )
-    assert seen == [1, 2, 3, 4]
-    np.testing.assert_array_equal(clock.tokens["fast"], [4, 8, 12, 16])
-    assert clock.seconds["plain"].shape == (4,)
-    speedup = clock.speedup("fast", over="plain")
-    assert speedup.value == pytest.approx(2.0, rel=0.2)
-    assert speedup.low <= speedup.value <= speedup.high
-    assert clock.tokens_per_second("plain").value == pytest.approx(30 / 0.048, rel=0.2)
+    measured = race({"x": decode}, ["a prompt"], repeats=3)
+    assert measured.seconds["x"] == [4]
+    assert measured.spread["x"] == pytest.approx(3 / 4)
+    assert measured.compile_seconds["x"] == 5
 
 
 def test_clock_pairs_prompts():
     seconds = np.array([1.0, 5.0, 20.0])
-    clock = Clock(
+    measured = Clock(
         seconds={"plain": seconds, "fast": seconds / 2},
         tokens={"plain": seconds * 10, "fast": seconds * 10},
         spread={"plain": 0.0, "fast": 0.0},
         compile_seconds={"plain": 0.0, "fast": 0.0},
     )
-    speedup = clock.speedup("fast", over="plain")
+    speedup = measured.speedup("fast", over="plain")
     assert (speedup.value, speedup.low, speedup.high) == pytest.approx((2, 2, 2))
 
 
-def test_step_costs_of_real_models_are_ordered():
-    def model(name, d_ff, layers):
-        config = ModelConfig(name, 17, 32, 2, 16, d_ff, 1, layers)
-        transformer = Transformer(config)
-        return transformer, jax.jit(init_params, static_argnums=0)(transformer, jax.random.key(0))
+def tiny(name):
+    model = Transformer(ModelConfig(name, 17, 6, 2, 3, 7, 1, 2))
+    return model, jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
 
-    costs = step_costs(
-        *model("target", 4096, 5),
-        *model("draft", 64, 1),
-        jnp.array([[5, 6, 7]]),
-        gammas=[3, 1, 3],
-        steps=11,
-        repeats=5,
-    )
-    assert sorted(costs.verification) == [1, 3]
-    assert 0 < costs.cost_ratio < 0.5  # fifty times fewer weights
-    assert costs.verification_cost(3) > 0.5
+
+def test_step_costs_are_those_of_one_step(clock, monkeypatch):
+    def steps(model, params, cache, pending, width, steps):
+        per_call = {"target": 8.0 + 2 * (width - 1), "draft": 1.0}[model.config.name]
+        clock.now += steps * per_call
+        return pending
+
+    monkeypatch.setattr(latency, "_steps", steps)
+    models = (*tiny("target"), *tiny("draft"))
+    costs = step_costs(*models, jnp.array([[5, 6]]), gammas=[3, 1, 3], steps=5, repeats=2)
+    assert (costs.draft_step, costs.target_step) == (1, 8)
+    assert costs.verification == {1: 10, 3: 14}
+
+
+def test_a_timed_loop_feeds_what_decoding_would():
+    model, params = tiny("target")
+    cache, pending = start(model, params, jnp.array([[5, 6, 7]]), 11)
+    expected, tokens = cache, jnp.full((1, 3), pending[0])
+    for _ in range(4):
+        logits, longer = extend(model, params, expected, tokens)
+        tokens = jnp.argmax(logits, axis=-1)
+        expected = longer.replace(lengths=expected.lengths + 1)
+    np.testing.assert_array_equal(latency._steps(model, params, cache, pending, 3, 4), tokens)
