@@ -1,0 +1,113 @@
+"""Orbax checkpoints of a run: `<workdir>/checkpoints/<step>/params` and `/description`.
+
+The layout is that of `training.checkpoints`; here only the weights are read or written, so a
+folder written here is loaded like a run's, but has no training to go on with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+import distillspec_jax
+from distillspec_jax.errors import UserError
+from distillspec_jax.interop import layout
+from distillspec_jax.interop.folders import new_folder
+from distillspec_jax.interop.native import model_config
+from distillspec_jax.interop.tensors import check_tensors
+from distillspec_jax.models.config import ModelConfig
+from distillspec_jax.models.transformer import Transformer
+
+FOLDER = "checkpoints"
+FORMAT = 1
+
+
+def is_step(folder: Path) -> bool:
+    """Whether a folder is one checkpoint of a run."""
+    return (folder / "params").is_dir() and (folder / "description").is_dir()
+
+
+def describe(step: Path) -> dict[str, Any]:
+    """What a run said about itself when it saved the checkpoint `step`."""
+    handler = ocp.JsonCheckpointHandler()
+    try:
+        stored = handler.restore(step / "description", ocp.args.JsonRestore())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{step} is not a checkpoint: its description cannot be read") from error
+    if not isinstance(stored, Mapping) or stored.get("format") != FORMAT:
+        raise UserError(f"{step} is not a checkpoint of this project, format {FORMAT}")
+    return dict(stored)
+
+
+def read_config(step: Path) -> ModelConfig:
+    """The shape of the model in the checkpoint `step`."""
+    return model_config(describe(step).get("model"), f"{step}/description")
+
+
+def read_params(
+    step: Path, config: ModelConfig, *, shardings: Any = None, dtype: str = "float32"
+) -> Any:
+    """The weights of the checkpoint `step`, whose shape is `config`, each in its place."""
+    place = step / "params"
+    table = layout.leaves(config)
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = {
+        leaf.path: jax.ShapeDtypeStruct(
+            leaf.shape,
+            jnp.dtype(dtype),
+            sharding=default if shardings is None else layout.get(shardings, leaf.path),
+        )
+        for leaf in table
+    }
+    handler = ocp.StandardCheckpointHandler()
+    try:
+        _check(handler.metadata(place), table, str(place))
+        return handler.restore(place, args=ocp.args.StandardRestore(layout.nested(abstract)))
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged file makes Orbax raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"the checkpoint {step} is damaged: {reason}") from error
+    finally:
+        handler.close()
+
+
+def save(
+    model: Transformer, params: Any, workdir: str | Path, description: Mapping[str, Any]
+) -> None:
+    """Writes `<workdir>/checkpoints/<step>` with the weights of a model, whole or not at all.
+
+    `description` may hold "step" (default 0), "vocabulary_fingerprint" and more.
+    """
+    stored = {
+        "step": 0,
+        **description,
+        "model": dataclasses.asdict(model.config),
+        "best": True,
+        "format": FORMAT,
+        "versions": {"distillspec_jax": distillspec_jax.__version__, "jax": jax.__version__},
+    }
+    with new_folder(Path(workdir)) as temporary:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(
+                temporary / FOLDER / str(stored["step"]),
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(params),
+                    description=ocp.args.JsonSave(json.loads(json.dumps(stored))),
+                ),
+            )
+
+
+def _check(metadata: Any, table: list[layout.Leaf], where: str) -> None:
+    found = {
+        "/".join(str(key.key) for key in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(metadata.tree)
+    }
+    check_tensors({"/".join(leaf.path): leaf.shape for leaf in table}, found, where)
