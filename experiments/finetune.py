@@ -9,17 +9,19 @@ Started again with the same workdir it goes on from the last checkpoint, to the 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from distillspec_jax import zoo
-from distillspec_jax.data import tasks
+from distillspec_jax.data.tasks import Task, load_task
 from distillspec_jax.distill.step import make_finetune_step
+from distillspec_jax.models.transformer import Transformer
 from distillspec_jax.training.loop import LoopConfig, train
 from distillspec_jax.training.optimizers import make_optimizer, make_schedule
 from distillspec_jax.training.state import TrainState
 from distillspec_jax.training.validation import make_likelihood
 from experiments import door, parts
+from experiments.watching import make_quality
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class FinetuneConfig(parts.TrainingConfig):
 
 
 def main(config: FinetuneConfig, workdir: Path) -> int | None:
-    task = tasks.load_task(config.task)
+    task = load_task(config.task)
     model, params = zoo.load(config.model, seed=config.seed)
     parts.check_vocabulary(config.model, model, task)
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -67,12 +69,19 @@ def main(config: FinetuneConfig, workdir: Path) -> int | None:
     return run.close(result, seed=config.seed)
 
 
-def _make_evaluate(config: FinetuneConfig, model: Any, task: Any) -> Any:
-    batches = parts.validation_batches(task, config, config.validation_examples, config.batch_size)
-    likelihood = make_likelihood(model, batches)
+def _make_evaluate(
+    config: FinetuneConfig, model: Transformer, task: Task
+) -> Callable[[TrainState], dict[str, float]]:
+    size = config.batch_size
+    batches = parts.validation_batches(task, config, config.validation_examples, size)
+    watches = [make_likelihood(model, batches)]
+    if config.decode_prompts:
+        prompts = parts.validation_batches(task, config, config.decode_prompts, size)
+        watches.append(make_quality(model, task, prompts))
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        return likelihood(state.best_params)
+        figures = [watch(state.best_params) for watch in watches]
+        return {key: value for each in figures for key, value in each.items()}
 
     return evaluate
 

@@ -117,15 +117,17 @@ class Run:
             print(f"stopped at step {step}, all saved; the same command goes on from there")
             return door.STOPPED
         memory = result.memory
+        headline = dict(figures or memory.best_evaluation or memory.evaluation)
         summary = {
             "steps": step,
             "ended": result.ended,
             "train_seconds": round(memory.seconds, 2),
-            "best_step": memory.best_step if memory.best_step >= 0 else step,
-            **(figures or memory.evaluation),
+            "best_step": memory.best_step if memory.best_evaluation else step,
+            **headline,
         }
         file = self.workdir.write_summary(summary, seed=seed)
-        for key, value in (figures or memory.evaluation).items():
+        print(f"weights: of step {summary['best_step']}")
+        for key, value in headline.items():
             print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
         print(f"files: {path} (checkpoints, metrics.jsonl, tensorboard, {file.name})")
         return None

@@ -67,6 +67,7 @@ class Memory:
 
     best_step: int = -1
     best_value: float | None = None
+    best_evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
     evaluations_since_best: int = 0
     evaluated_step: int = -1
     evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -123,16 +124,17 @@ def train(
     if restored is not None:
         state, memory = restored[0], Memory(**restored[1])
         resumed = int(state.step)
-    loop = _Loop(config, memory, writer_of(resumed), checkpoints, learning_rate, evaluate)
     step = max(resumed, 0)
-    with Progress(name, steps, done=step) as progress, _StopRequest() as stop:
-        loop.progress = progress
+    with (
+        writer_of(resumed) as writer,
+        Progress(name, steps, done=step) as progress,
+        _StopRequest() as stop,
+    ):
         if resumed >= 0:
             progress.say(f"{name}: goes on from the checkpoint of step {resumed}")
-        stream = iter(())
+        loop = _Loop(config, memory, writer, progress, checkpoints, learning_rate, evaluate)
         loop.between_steps(state, step, last=step >= steps)
-        if step < steps:
-            stream = batches(step)
+        stream = batches(step) if step < steps else iter(())
         while step < steps and not stop.asked and not loop.is_stale:
             batch = _next(stream, step)
             state, metrics = step_fn(state, place(batch))
@@ -154,18 +156,17 @@ def _next(stream: Iterator[Any], step: int) -> Any:
 class _Loop:
     """The host's side of the loop: everything that is not the step itself."""
 
-    progress: Progress
-
     def __init__(
         self,
         config: LoopConfig,
         memory: Memory,
         writer: MetricsWriter,
+        progress: Progress,
         checkpoints: Checkpoints,
         learning_rate: Callable[[int], Any] | None,
         evaluate: Callable[[TrainState], Mapping[str, float]] | None,
     ) -> None:
-        self.memory = memory
+        self.memory, self._progress = memory, progress
         self._config, self._writer, self._checkpoints = config, writer, checkpoints
         self._learning_rate, self._evaluate = learning_rate, evaluate
         self._pending: tuple[int, Any, Any] | None = None
@@ -198,7 +199,6 @@ class _Loop:
     def finish(self, state: TrainState, step: int) -> None:
         self._save(state, best=self.memory.best_step == step)
         self._checkpoints.wait()
-        self._writer.close()
 
     def _save(self, state: TrainState, *, best: bool) -> None:
         self._flush()
@@ -223,7 +223,7 @@ class _Loop:
         for key, (total, count) in metrics.items():
             old_total, old_count = self.memory.window.get(key, (0.0, 0.0))
             self.memory.window[key] = [old_total + float(total), old_count + float(count)]
-        self.progress.update(step, self._status(metrics))
+        self._progress.update(step, self._status(metrics))
         if self._config.log_every and step % self._config.log_every == 0:
             self._log(step, int(skipped))
 
@@ -260,7 +260,6 @@ class _Loop:
             return
         first = self._recent[0][0]
         self._checkpoints.wait()
-        self._writer.close()
         raise UserError(
             f"the gradient was not finite in {skipped_in_row} steps in a row, {first} to {step} "
             f"(examples of step {step}: {self._recent[-1][1]}); lower optimizer.learning_rate or "
@@ -277,7 +276,7 @@ class _Loop:
         values = {key: float(value) for key, value in self._evaluate(state).items()}
         self._writer.write("eval", step, values)
         figures = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
-        self.progress.say(f"step {step}: {figures}")
+        self._progress.say(f"step {step}: {figures}")
         memory.evaluated_step, memory.evaluation = step, values
         self._clock = time.perf_counter()
         return self._is_new_best(step, values)
@@ -290,9 +289,13 @@ class _Loop:
             raise unknown_name("best_metric", name, values, "the loop")
         memory, value = self.memory, values[name]
         sign = 1 if self._config.best_mode == "max" else -1
-        is_best = memory.best_value is None or sign * value > sign * memory.best_value
+        # NaN is greater than nothing, so it is never the best.
+        is_best = sign * value > (
+            -math.inf if memory.best_value is None else sign * memory.best_value
+        )
         if is_best:
-            memory.best_step, memory.best_value, memory.evaluations_since_best = step, value, 0
+            memory.best_step, memory.best_value = step, value
+            memory.best_evaluation, memory.evaluations_since_best = dict(values), 0
         else:
             memory.evaluations_since_best += 1
         return is_best

@@ -31,6 +31,12 @@ class MetricsWriter:
             str(workdir / EVENTS), purge_step=resumed_step + 1
         )
 
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         record = {"step": step, "kind": kind, "wall_time": time.time()}
         record |= {name: _finite(value) for name, value in values.items()}

@@ -1,0 +1,238 @@
+"""The loop: what it logs and when, how it stops, and that stopping and going on changes no bit."""
+
+import itertools
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from distillspec_jax.errors import UserError
+from distillspec_jax.training.loop import LoopConfig, Memory, _Loop
+
+CLOCKS = ("wall_time", "seconds", "tokens_per_second")
+
+
+def records(toy, kind=None):
+    lines = (toy.workdir / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    for record in found:
+        for clock in CLOCKS:
+            record.pop(clock, None)
+    return [r for r in found if kind in (None, r["kind"])]
+
+
+def assert_same_run(left, right):
+    assert jax.tree.structure(left.state) == jax.tree.structure(right.state)
+    for a, b in zip(jax.tree.leaves(left.state), jax.tree.leaves(right.state), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def stop_at(step, number=signal.SIGTERM):
+    def hook(now):
+        if now == step:
+            os.kill(os.getpid(), number)
+
+    return hook
+
+
+def test_logs_means_of_sums_and_counts(make_toy):
+    toy = make_toy()
+    losses = []
+
+    def step_fn(state, batch, real=toy.step_fn):
+        state, metrics = real(state, batch)
+        losses.append(float(metrics["loss"][0]))
+        return state, metrics
+
+    toy.step_fn = step_fn
+    toy.run(steps=11)
+    logged = records(toy, "train")
+    assert [r["step"] for r in logged] == [3, 6, 9]
+    for record in logged:
+        window = losses[record["step"] - 3 : record["step"]]
+        assert record["loss"] == pytest.approx(sum(window) / 21, rel=1e-6)
+        assert record["target_length"] == 3.0
+
+
+def test_evaluates_first_every_so_often_and_last(make_toy):
+    toy = make_toy()
+    toy.run(steps=13, evaluate_every=5)
+    assert [r["step"] for r in records(toy, "eval")] == [0, 5, 10, 13]
+    assert records(toy, "eval")[0]["size"] == 15.0
+
+
+def test_reads_a_step_only_after_the_next_one_has_started(tmp_path):
+    order = []
+
+    class Recorded:
+        def __init__(self, step):
+            self.step = step
+
+        def copy_to_host_async(self):
+            order.append(f"start {self.step}")
+
+        def __array__(self, *_, **__):
+            order.append(f"read {self.step}")
+            return np.float32(1)
+
+    class Silent:
+        def __getattr__(self, name):
+            return lambda *_, **__: None
+
+    class State:
+        skipped = skipped_in_row = jnp.int32(0)
+
+    class NoIds:
+        example_ids = ()
+
+    loop = _Loop(LoopConfig(log_every=0), Memory(), Silent(), Silent(), Silent(), None, None)
+    for step in (1, 2, 3):
+        loop.took_step(step, NoIds, {"loss": (Recorded(step), jnp.float32(1))}, State)
+    firsts = [event for n, event in enumerate(order) if event not in order[:n]]
+    assert firsts == ["start 1", "start 2", "read 1", "start 3", "read 2"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_and_resumed_is_uninterrupted(make_toy, number):
+    whole, parts = make_toy("whole", average_decay=0.9), make_toy("parts", average_decay=0.9)
+    expected = whole.run(steps=20, best_metric="size", best_mode="min")
+    for stop in (0, 7, 8, 14):  # before, between, on and after saves, logs and evaluations
+        parts.hook = stop_at(stop, number)
+        result = parts.run(steps=20, best_metric="size", best_mode="min")
+        assert (result.ended, int(result.state.step)) == ("signal", stop + 1)
+    parts.hook = lambda step: None
+    result = parts.run(steps=20, best_metric="size", best_mode="min")
+    assert result.ended == expected.ended == "finished"
+    assert_same_run(result, expected)
+    assert records(parts) == records(whole)
+    assert result.memory.best_step == expected.memory.best_step > 0
+    # a finished run started again does nothing, and says the same
+    before = (parts.workdir / "metrics.jsonl").read_bytes()
+    assert_same_run(parts.run(steps=20, best_metric="size", best_mode="min"), expected)
+    assert (parts.workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_error_in_a_step_leaves_a_run_that_goes_on(make_toy):
+    whole, parts = make_toy("whole"), make_toy("parts")
+    expected = whole.run()
+
+    def fail(step):
+        if step == 10:
+            raise RuntimeError("power cut")
+
+    parts.hook = fail
+    with pytest.raises(RuntimeError, match="power cut"):
+        parts.run()
+    parts.hook = lambda step: None
+    assert_same_run(parts.run(), expected)
+    assert records(parts) == records(whole)
+
+
+def test_signal_handlers_are_put_back(make_toy):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    make_toy().run(steps=2)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_second_interrupt_is_not_caught(make_toy):
+    toy = make_toy()
+
+    def hook(step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    toy.hook = hook
+    with pytest.raises(KeyboardInterrupt):
+        toy.run()
+
+
+@pytest.mark.parametrize(("mode", "best"), [("max", 0), ("min", 15)])
+def test_best_is_by_the_named_metric(make_toy, mode, best):
+    toy = make_toy()
+    sizes = {0: 9.0, 5: 4.0, 10: 7.0, 15: 1.0, 20: 1.0}  # a tie is no improvement
+
+    def evaluate(state):
+        return {"size": sizes[int(state.step)]}
+
+    result = toy.run(evaluate=evaluate, best_metric="size", best_mode=mode)
+    assert result.memory.best_step == best
+    assert result.memory.best_evaluation == {"size": sizes[best]}
+    assert (toy.workdir / "checkpoints" / str(best)).is_dir()
+
+
+def test_not_a_number_is_never_the_best(make_toy):
+    def evaluate(state):
+        return {"size": 1.0 if int(state.step) in (0, 10) else float("nan")}
+
+    result = make_toy().run(evaluate=evaluate, best_metric="size", best_mode="min")
+    assert result.memory.best_step == 0
+
+    def evaluate_nan_first(state):
+        return {"size": float("nan") if int(state.step) == 0 else 1.0}
+
+    result = make_toy("other").run(evaluate=evaluate_nan_first, best_metric="size")
+    assert result.memory.best_step == 5
+
+
+def test_early_stop_after_patience_and_for_good(make_toy):
+    toy = make_toy()
+
+    def evaluate(state):
+        return {"size": -abs(float(state.step) - 5)}
+
+    config = {"best_metric": "size", "patience": 2}
+    result = toy.run(steps=50, evaluate=evaluate, **config)
+    assert (result.ended, int(result.state.step), result.memory.best_step) == ("early", 15, 5)
+    again = toy.run(steps=50, evaluate=evaluate, **config)
+    assert (again.ended, int(again.state.step)) == ("early", 15)
+
+
+def test_unknown_best_metric_is_told_before_the_first_step(make_toy):
+    toy = make_toy()
+    toy.hook = lambda step: pytest.fail("a step ran")
+    with pytest.raises(UserError, match="did you mean 'size'"):
+        toy.run(best_metric="sise")
+
+
+def test_single_bad_gradients_are_skipped_and_counted(make_toy):
+    toy = make_toy()
+    toy.bad_steps = (2, 3, 7)
+    result = toy.run(steps=9, max_skipped=3)
+    assert result.ended == "finished"
+    assert [r["skipped_updates"] for r in records(toy, "train")] == [1, 2, 3]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.state.params))
+
+
+def test_many_bad_gradients_in_a_row_stop_and_say_where(make_toy):
+    toy = make_toy()
+    toy.bad_steps = (5, 7, 8, 9, 10, 11)
+    words = r"3 steps in a row, 8 to 10 \(examples of step 10: \[63, 64, 65, 66, 67, 68, 69\]\)"
+    with pytest.raises(UserError, match=words):
+        toy.run(max_skipped=3)
+
+
+def test_end_of_data_is_told(make_toy):
+    toy = make_toy()
+    endless = toy.batches
+    toy.batches = lambda step: itertools.islice(endless(step), 5)
+    with pytest.raises(UserError, match="ended before step 6"):
+        toy.run(evaluate=False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"best_mode": "maximum"}, "did you mean 'max'"),
+        ({"patience": 3}, "patience needs best_metric"),
+        ({"save_every": -1}, "save_every is -1"),
+        ({"keep_last": 0}, "keep_last"),
+    ],
+)
+def test_bad_settings_are_refused_in_words(fields, words):
+    with pytest.raises(UserError, match=words):
+        LoopConfig(**fields)
