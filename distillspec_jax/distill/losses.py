@@ -6,6 +6,7 @@ here is a sum and a count, so that losses of micro-batches and of hosts add up e
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,28 @@ def negative_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
+def most_learnable(gains: jax.Array, mask: jax.Array, fraction: float) -> jax.Array:
+    """Mask [B, T] of the `fraction` of real tokens with the largest gains [B, T], ties included.
+
+    The gain is how much more the draft loses at a token than a reference draft does. The
+    threshold is taken over all real tokens of the batch. Source: arXiv 2510.19779 (AdaSPEC), 3.
+    """
+    kept = jnp.ceil(fraction * jnp.sum(mask)).astype(jnp.int32)
+    ranked = jnp.sort(jnp.where(mask > 0, gains, -jnp.inf).reshape(-1), descending=True)
+    return mask * (gains >= ranked[jnp.maximum(kept, 1) - 1])
+
+
+def in_chunks(function: Callable[[Any], Any], fields: Any, chunk: int | None = None) -> Any:
+    """function(fields), `chunk` positions at a time.
+
+    `fields` is a pytree of [B, T, ...], and `function` returns one too, of the same B and T.
+    """
+    length = jax.tree.leaves(fields)[0].shape[1]
+    if chunk is None or chunk >= length:
+        return function(fields)
+    return _join(jax.lax.map(function, _split(fields, chunk)), length)
+
+
 def weighted_sum(
     token_loss: TokenLoss,
     unembed: Callable[[Any, jax.Array], jax.Array],
@@ -70,41 +93,44 @@ def weighted_sum(
     gradient are those of `chunk=None`; `chunk` need not divide T. `fields` is a pytree of
     [B, T, ...]; what `token_loss` closes over is held constant.
     """
+    length = hidden.shape[1]
     fields, weights = jax.lax.stop_gradient((fields, weights))
 
-    def chunk_sum(hidden, fields, weights, unembed_hidden):
-        values, watched = token_loss(unembed_hidden(hidden), fields)
-        # a masked position may hold anything, NaN included
-        return jnp.sum(weights * jnp.where(weights > 0, values, 0.0)), watched
+    def weighted(read, parts):
+        hidden, fields, weights = parts
+        values, watched = token_loss(read(hidden), fields)
+        # the value at a masked position may be infinite, and 0 * inf is NaN
+        return weights * jnp.where(weights > 0, values, 0.0), watched
 
-    if chunk is None or chunk >= hidden.shape[1]:
-        return chunk_sum(hidden, fields, weights, lambda h: unembed(params, h))
+    if chunk is None or chunk >= length:
+        values, watched = weighted(lambda h: unembed(params, h), (hidden, fields, weights))
+        return jnp.sum(values), watched
+
     # of all params only those that `unembed` reads: they get an accumulator in the scan
     read, used = jax.closure_convert(lambda h: unembed(params, h), hidden[:, :chunk])
-    graded = jax.value_and_grad(
-        lambda used, h, f, w: chunk_sum(h, f, w, lambda h: read(h, *used)),
-        argnums=(0, 1),
-        has_aux=True,
-    )
-
-    def forward(used, hidden):
-        def add(carry, part):
-            total, grads = carry
-            (value, watched), (used_grads, hidden_grads) = graded(used, *part)
-            return (total + value, jax.tree.map(jnp.add, grads, used_grads)), (
-                hidden_grads,
-                watched,
-            )
-
-        start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, used))
-        parts = _split((hidden, fields, weights), chunk)
-        (total, used_grads), (hidden_grads, watched) = jax.lax.scan(add, start, parts)
-        length = hidden.shape[1]
-        return (total, _join(watched, length)), (used_grads, _join(hidden_grads, length))
 
     @jax.custom_vjp
     def fused(used, hidden):
-        return forward(used, hidden)[0]
+        bound = functools.partial(weighted, lambda h: read(h, *used))
+        values, watched = in_chunks(bound, (hidden, fields, weights), chunk)
+        return jnp.sum(values), watched
+
+    def forward(used, hidden):
+        def chunk_sum(used, hidden, *rest):
+            values, watched = weighted(lambda h: read(h, *used), (hidden, *rest))
+            return jnp.sum(values), watched
+
+        def add(carry, parts):
+            grad = jax.value_and_grad(chunk_sum, argnums=(0, 1), has_aux=True)
+            (total, watched), (used_grads, hidden_grads) = grad(used, *parts)
+            return jax.tree.map(jnp.add, carry, (total, used_grads)), (watched, hidden_grads)
+
+        start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, used))
+        (total, used_grads), per_token = jax.lax.scan(
+            add, start, _split((hidden, fields, weights), chunk)
+        )
+        watched, hidden_grads = _join(per_token, length)
+        return (total, watched), (used_grads, hidden_grads)
 
     def backward(grads, cotangents):
         return jax.tree.map(lambda g: (cotangents[0] * g).astype(g.dtype), grads)

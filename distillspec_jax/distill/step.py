@@ -7,7 +7,6 @@ Metrics are `{name: (sum, count)}`, float32 scalars that add up over steps and h
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,20 +14,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from distillspec_jax.distill import losses
+from distillspec_jax.distill import data_sources, divergences, losses
+from distillspec_jax.distill.recipes import Recipe
+from distillspec_jax.errors import UserError
 from distillspec_jax.models import transformer
+from distillspec_jax.models.transformer import Params, Transformer
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
-
-
-def step_key(seed: jax.Array, purpose: str, step: jax.Array) -> jax.Array:
-    """The key of everything random that one step does for one purpose."""
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
-    return jax.random.fold_in(key, step)
+LossSum = Callable[..., tuple[jax.Array, Metrics]]  # (params, batch, key) -> (sum, metrics)
 
 
 def make_finetune_step(
-    model: transformer.Transformer,
+    model: Transformer,
     optimizer: optax.GradientTransformation,
     *,
     dropout: bool = False,
@@ -43,15 +40,128 @@ def make_finetune_step(
     gradients are summed over `micro_batches` parts of the batch, which must divide it.
     """
 
+    def step(state, batch):
+        loss_sum = likelihood_loss(model, reduction=reduction, chunk=chunk, dropout=dropout)
+        key = data_sources.step_key(state.seed, "dropout", state.step)
+        return _update(state, batch, key, loss_sum, optimizer, micro_batches)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_distill_step(
+    draft: Transformer,
+    target: Transformer,
+    recipe: Recipe,
+    optimizer: optax.GradientTransformation,
+    *,
+    rollout_length: int,
+    chunk: int | None = None,
+    micro_batches: int = 1,
+) -> Callable[..., tuple[Any, Metrics]]:
+    """Returns the jitted step `(state, target_params, batch) -> (state, metrics)`.
+
+    One call writes the text (data_sources), scores it with target and draft, and updates the
+    draft in `state`; only its weights are differentiated. Recipes that select tokens take the
+    frozen weights of a reference draft as a fourth argument. `rollout_length` bounds what is
+    written; `chunk` and `micro_batches` as in `make_finetune_step`.
+
+    Metrics beside the loss: `acceptance_rate`, sum_v min(p_v, q_v) at temperature 1 over the
+    tokens trained on; `target_length`, their number per row; `rollout_length` and `eos_rate` of
+    what was written in this step, count 0 where nothing was; `source_*`; `grad_norm`.
+    """
+    rollout = make_rollout(draft, target, recipe, rollout_length=rollout_length)
+    update = make_update(draft, target, recipe, optimizer, chunk=chunk, micro_batches=micro_batches)
+
+    def step(state, target_params, batch, reference_params=None):
+        batch, written = rollout(state, target_params, batch)
+        state, metrics = update(state, target_params, batch, reference_params)
+        return state, {**metrics, **written}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_rollout(
+    draft: Transformer, target: Transformer, recipe: Recipe, *, rollout_length: int
+) -> Callable[[Any, Params, Any], tuple[Any, Metrics]]:
+    """Returns the first half of a step, `(state, target_params, batch) -> (batch, metrics)`.
+
+    Traceable; the batch comes back with the recipe's text as its targets.
+    """
+    check_pair(draft, target)
+    write = data_sources.make_source(draft, target, recipe, rollout_length=rollout_length)
+
+    def rollout(state, target_params, batch):
+        tokens, source = write(state.params, target_params, batch, state.seed, state.step)
+        sampled = source != data_sources.SOURCES.index("fixed")
+        mask = losses.token_mask(tokens, draft.config.pad_id)
+        rows = jnp.where(sampled, _count(jnp.any(mask > 0, axis=1)), 0.0)
+        ended = _count(jnp.any(tokens == draft.config.eos_id, axis=1))
+        metrics = {
+            "rollout_length": (jnp.where(sampled, jnp.sum(mask), 0.0), rows),
+            "eos_rate": (jnp.where(sampled, ended, 0.0), rows),
+        }
+        for index, name in enumerate(data_sources.SOURCES):
+            metrics[f"source_{name}"] = ((source == index).astype(jnp.float32), jnp.ones(()))
+        return batch.replace(targets=tokens), metrics
+
+    return rollout
+
+
+def make_update(
+    draft: Transformer,
+    target: Transformer,
+    recipe: Recipe,
+    optimizer: optax.GradientTransformation,
+    *,
+    chunk: int | None = None,
+    micro_batches: int = 1,
+) -> Callable[..., tuple[Any, Metrics]]:
+    """Returns the second half, `(state, target_params, batch[, reference]) -> (state, metrics)`.
+
+    Traceable; scores `batch.targets` with both models and updates the draft.
+    """
+    check_pair(draft, target)
+
+    def update(state, target_params, batch, reference_params=None):
+        if (reference_params is None) == recipe.needs_reference:
+            needs = "needs" if recipe.needs_reference else "takes no"
+            raise UserError(f"recipe '{recipe.name}' {needs} weights of a reference draft")
+        if recipe.needs_target_scores:
+            loss_sum = distillation_loss(
+                draft, target, recipe, target_params, reference_params, chunk=chunk
+            )
+        else:
+            loss_sum = likelihood_loss(draft, reduction=recipe.reduction, chunk=chunk)
+        key = data_sources.step_key(state.seed, "update", state.step)
+        return _update(state, batch, key, loss_sum, optimizer, micro_batches)
+
+    return update
+
+
+def check_pair(draft: Transformer, target: Transformer) -> None:
+    """Refuses a draft and a target that do not speak of the same ids."""
+    for field in ("num_pieces", "pad_id", "eos_id"):
+        ours, theirs = getattr(draft.config, field), getattr(target.config, field)
+        if ours != theirs:
+            raise UserError(
+                f"draft '{draft.config.name}' and target '{target.config.name}' differ in "
+                f"{field} ({ours} and {theirs}); they must share one vocabulary"
+            )
+
+
+def likelihood_loss(
+    model: Transformer, *, reduction: str, chunk: int | None, dropout: bool = False
+) -> LossSum:
+    """Returns `(params, batch, key) -> (sum of -log q(y_t) by weight, metrics)`."""
+
     def loss_sum(params, batch, key):
-        rng = key if dropout else None
-        hidden = transformer.hidden_states(
-            model, params, batch.inputs, batch.targets, dropout_rng=rng
-        )
         mask = losses.token_mask(batch.targets, model.config.pad_id)
         weights, count = losses.token_weights(mask, reduction)
+        hidden = transformer.hidden_states(
+            model, params, batch.inputs, batch.targets, dropout_rng=key if dropout else None
+        )
         total, _ = losses.weighted_sum(
-            lambda logits, targets: (losses.negative_log_likelihood(logits, targets), {}),
+            lambda logits, tokens: (losses.negative_log_likelihood(logits, tokens), {}),
             lambda params, hidden: transformer.unembed(model, params, hidden),
             params,
             hidden,
@@ -59,31 +169,117 @@ def make_finetune_step(
             weights,
             chunk=chunk,
         )
-        rows = jnp.sum(jnp.any(mask > 0, axis=-1)).astype(jnp.float32)
-        return total, {"loss": (total, count), "target_length": (jnp.sum(mask), rows)}
+        return total, {"loss": (total, count), **_lengths(mask)}
 
-    def step(state, batch):
-        key = step_key(state.seed, "dropout", state.step)
-        grads, metrics = summed_gradients(loss_sum, state.params, batch, key, micro_batches)
-        return _update(state, grads, metrics, optimizer)
+    return loss_sum
 
-    return jax.jit(step, donate_argnums=0)
+
+def distillation_loss(
+    draft: Transformer,
+    target: Transformer,
+    recipe: Recipe,
+    target_params: Params,
+    reference_params: Params | None,
+    *,
+    chunk: int | None,
+) -> LossSum:
+    """Returns `(params, batch, key) -> (sum of D(p || q)_t by weight, metrics)`.
+
+    Differentiable in the draft's params alone.
+    """
+    target_params, reference_params = jax.lax.stop_gradient((target_params, reference_params))
+    divergence = recipe.divergence
+    size = min(draft.config.vocab_size, target.config.vocab_size)  # padding rows may differ
+
+    def logits_of(model, params, hidden):
+        return transformer.unembed(model, params, hidden)[..., :size]
+
+    def token_loss(draft_logits, target_hidden):
+        target_logits = logits_of(target, target_params, target_hidden)
+        accepted = divergences.acceptance_rate(target_logits, draft_logits)
+        return divergence(target_logits, draft_logits), {"accepted": accepted}
+
+    def learnable(params, hidden, target_hidden, batch, mask):
+        reference_hidden = transformer.hidden_states(
+            draft, reference_params, batch.inputs, batch.targets
+        )
+
+        def gains(fields):
+            hidden, reference_hidden, target_hidden = fields
+            target_logits = logits_of(target, target_params, target_hidden)
+            reference_logits = logits_of(draft, reference_params, reference_hidden)
+            loss = divergence(target_logits, logits_of(draft, params, hidden))
+            return loss - divergence(target_logits, reference_logits)
+
+        fields = jax.lax.stop_gradient((hidden, reference_hidden, target_hidden))
+        return losses.most_learnable(
+            losses.in_chunks(gains, fields, chunk), mask, recipe.keep_fraction
+        )
+
+    def loss_sum(params, batch, key):
+        del key  # no dropout in distillation: the draft is scored as it will decode
+        text = (batch.inputs, batch.targets)
+        hidden = transformer.hidden_states(draft, params, *text)
+        target_hidden = transformer.hidden_states(target, target_params, *text)
+        mask = kept = losses.token_mask(batch.targets, draft.config.pad_id)
+        if recipe.needs_reference:
+            frozen = jax.lax.stop_gradient(params)
+            kept = learnable(frozen, hidden, target_hidden, batch, mask)
+        weights, count = losses.token_weights(kept, recipe.reduction)
+        total, watched = losses.weighted_sum(
+            token_loss,
+            lambda params, hidden: logits_of(draft, params, hidden),
+            params,
+            hidden,
+            target_hidden,
+            weights,
+            chunk=chunk,
+        )
+        accepted = jnp.sum(mask * watched["accepted"])
+        metrics = {"loss": (total, count), "acceptance_rate": (accepted, jnp.sum(mask))}
+        return total, metrics | _lengths(mask)
+
+    return loss_sum
+
+
+def _lengths(mask: jax.Array) -> Metrics:
+    """Tokens trained on, and rows that have any."""
+    return {"target_length": (jnp.sum(mask), _count(jnp.any(mask > 0, axis=1)))}
+
+
+def _count(flags: jax.Array) -> jax.Array:
+    return jnp.sum(flags, dtype=jnp.float32)
+
+
+def _update(
+    state: Any,
+    batch: Any,
+    key: jax.Array,
+    loss_sum: LossSum,
+    optimizer: optax.GradientTransformation,
+    micro_batches: int,
+) -> tuple[Any, Metrics]:
+    """Applies the gradient of the mean loss, and adds its norm to the metrics."""
+    grads, metrics = summed_gradients(loss_sum, state.params, batch, key, micro_batches)
+    count = jnp.maximum(metrics["loss"][1], 1.0)
+    grads = jax.tree.map(lambda g: g / count, grads)
+    metrics["grad_norm"] = (optax.tree.norm(grads), jnp.ones(()))
+    return state.apply_gradients(grads, optimizer), metrics
 
 
 def summed_gradients(
-    loss_sum: Callable[..., tuple[jax.Array, Metrics]],
-    params: Any,
-    batch: Any,
-    key: jax.Array,
-    micro_batches: int,
-) -> tuple[Any, Metrics]:
+    loss_sum: LossSum, params: Params, batch: Any, key: jax.Array, micro_batches: int
+) -> tuple[Params, Metrics]:
     """Gradient and metrics of `loss_sum(params, part, key)`, summed over equal parts of a batch."""
     grad = jax.grad(loss_sum, has_aux=True)
     if micro_batches == 1:
         return grad(params, batch, key)
+    batch_size = batch.inputs.shape[0]
+    if batch_size % micro_batches:
+        raise UserError(f"a batch of {batch_size} does not split into {micro_batches} parts")
 
     def split(x: jax.Array) -> jax.Array:
-        return x.reshape(micro_batches, x.shape[0] // micro_batches, *x.shape[1:])
+        return x.reshape(micro_batches, batch_size // micro_batches, *x.shape[1:])
 
     def add(total, numbered):
         index, part = numbered
@@ -95,13 +291,3 @@ def summed_gradients(
     start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     total, _ = jax.lax.scan(add, start, (jnp.arange(micro_batches), parts))
     return total
-
-
-def _update(
-    state: Any, grads: Any, metrics: Metrics, optimizer: optax.GradientTransformation
-) -> tuple[Any, Metrics]:
-    """Divides the summed gradient by the loss's count, applies it and adds its norm."""
-    count = jnp.maximum(metrics["loss"][1], 1.0)
-    grads = jax.tree.map(lambda g: g / count, grads)
-    norm = optax.global_norm(grads)
-    return state.apply_gradients(grads, optimizer), {**metrics, "grad_norm": (norm, jnp.ones(()))}
