@@ -23,8 +23,7 @@ from distillspec_jax.models.cache import Cache
 from distillspec_jax.models.transformer import Params, Transformer, extend, start
 
 
-@struct.dataclass
-class Generation:
+class Generation(struct.PyTreeNode):
     """Texts of a batch; L is the limit.
 
     tokens: [B, L] int32, pad_id after the end.
@@ -39,8 +38,7 @@ class Generation:
     finite: jax.Array
 
 
-@struct.dataclass
-class _State:
+class _State(struct.PyTreeNode):
     """step: [] tokens drawn so far; pending: [B] the token to feed; active: [B] still writing."""
 
     step: jax.Array

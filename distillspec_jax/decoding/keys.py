@@ -23,14 +23,14 @@ def position_uniforms(keys: jax.Array, count: int) -> jax.Array:
     return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
 
 
-def block_uniforms(keys: jax.Array, blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Uniforms of block number `blocks` [B] of each row: [B, *shape] float32, in one draw.
+def block_uniforms(keys: jax.Array, blocks: jax.Array, count: int) -> jax.Array:
+    """Uniforms of block number `blocks` [B] of each row: [B, count] float32, in one draw.
 
     Keyed by block and not by position: block verification looks at the acceptance draws behind
     a rejection, so numbers used once for a position must not come back when it is tried again.
     """
     per_block = jax.vmap(jax.random.fold_in)(keys, blocks)
-    return jax.vmap(lambda key: jax.random.uniform(key, shape))(per_block)
+    return position_uniforms(per_block, count)
 
 
 def default_row_ids(inputs: jax.Array, row_ids: jax.Array | None) -> jax.Array:

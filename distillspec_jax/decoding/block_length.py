@@ -1,0 +1,73 @@
+"""How many tokens a row drafts before the target looks: fixed, adaptive, or tuned.
+
+Adaptive rules see what the draft knew (the tokens of this block and the q they came from) and how
+earlier blocks ended, never p of the tokens under test; so the output law stays the target's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from distillspec_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockLength:
+    """When a row stops drafting, within the static maximum gamma. The last token is kept.
+
+    min_confidence: stop after a token with q(x) below this; 0 never stops. The transformers
+        library takes 0.4.
+    max_entropy: stop after a token drawn at an entropy of q above this, in nats. SVIP
+        (arXiv 2411.18462) stops at sqrt(0.15 H) > 0.3, which is 0.6.
+    schedule_start: block length a row begins with; then + 2 after a block that was accepted
+        whole, - 1 (down to 1) after any other. 0 turns the schedule off: gamma, always.
+    """
+
+    min_confidence: float = 0.0
+    max_entropy: float = float("inf")
+    schedule_start: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_confidence <= 1:
+            raise UserError(f"min_confidence is {self.min_confidence}; it must be in [0, 1]")
+        if not self.max_entropy >= 0:
+            raise UserError(f"max_entropy is {self.max_entropy}; it must be 0 nats or more")
+        if self.schedule_start < 0:
+            raise UserError(f"schedule_start is {self.schedule_start}; it must be 0 (off) or more")
+
+
+FIXED = BlockLength()
+
+
+def keeps_drafting(rule: BlockLength, draft_probs: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Whether to draft on after tokens [B] drawn from draft_probs [B, V]: [B] bool."""
+    goes_on = jnp.ones(tokens.shape, bool)
+    if rule.min_confidence > 0:
+        confidence = jnp.take_along_axis(draft_probs, tokens[:, None], axis=1)[:, 0]
+        goes_on &= confidence >= rule.min_confidence
+    if rule.max_entropy < float("inf"):
+        goes_on &= _entropy(draft_probs) <= rule.max_entropy
+    return goes_on
+
+
+def first_allowance(rule: BlockLength, gamma: int, batch_size: int) -> jax.Array:
+    """Tokens each row may draft in its first block: [B] int32."""
+    start = min(rule.schedule_start, gamma) if rule.schedule_start else gamma
+    return jnp.full(batch_size, start, jnp.int32)
+
+
+def next_allowance(
+    rule: BlockLength, gamma: int, allowance: jax.Array, all_accepted: jax.Array
+) -> jax.Array:
+    """Tokens each row may draft in its next block: [B] int32 in 1..gamma."""
+    if not rule.schedule_start:
+        return allowance
+    return jnp.clip(jnp.where(all_accepted, allowance + 2, allowance - 1), 1, gamma)
+
+
+def _entropy(probs: jax.Array) -> jax.Array:
+    """-sum p log p over the last axis, in nats."""
+    return -jnp.sum(probs * jnp.log(jnp.where(probs > 0, probs, 1)), axis=-1)
