@@ -18,6 +18,8 @@ INSTALL = [
     "array-record>=0.8",
     "importlib-resources",
     "sentencepiece>=0.2",
+    "protobuf>=5",
+    "sacremoses>=0.1.1",
     "safetensors>=0.5",
     "msgpack>=1.0",
     "tensorstore>=0.1.70",

@@ -47,7 +47,10 @@ def _labeller(draw: Draw, step: Step, first: bool, last: bool) -> str:
 
 def _instructor(draw: Draw, step: Step, first: bool, last: bool) -> str:
     """First, add 5 to 12 to get 17."""
-    openers = ("First", "To start") if first else ("Finally", "At last") if last else ("Next", "Then")
+    if first:
+        openers = ("First", "To start")
+    else:
+        openers = ("Finally", "At last") if last else ("Next", "Then")
     left, right = step.left, step.right
     match step.op:
         case "+":
@@ -58,7 +61,8 @@ def _instructor(draw: Draw, step: Step, first: bool, last: bool) -> str:
             command = f"multiply {left} by {right}"
         case _:
             command = f"divide {left} by {right}"
-    return f"{draw.pick(openers)}, {command} {draw.pick(('to get', 'for', 'which is'))} {step.result}."
+    opener, link = draw.pick(openers), draw.pick(("to get", "for", "which is"))
+    return f"{opener}, {command} {link} {step.result}."
 
 
 def _reasoner(draw: Draw, step: Step, first: bool, last: bool) -> str:
@@ -84,9 +88,7 @@ def ask(draw: Draw, problem: Problem) -> tuple[str, int]:
     """The question in words, and the number of the annotator who will answer it."""
     annotator = draw.between(0, len(_STYLES) - 1)
     way = annotator if draw.chance(FAITHFULNESS) else draw.between(0, len(_ASKING) - 1)
-    asking = _ASKING[way].format(
-        unit=problem.unit, ask=problem.ask, statement=problem.statement
-    )
+    asking = _ASKING[way].format(unit=problem.unit, ask=problem.ask, statement=problem.statement)
     return " ".join((*problem.sentences, asking)), annotator
 
 

@@ -7,8 +7,7 @@ from typing import Any
 import flax.struct
 
 
-@flax.struct.dataclass
-class Batch:
+class Batch(flax.struct.PyTreeNode):
     """Padded examples, int32 arrays of numpy (from the pipeline) or JAX (inside a step).
 
     Attributes:

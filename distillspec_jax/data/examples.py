@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from typing import Any, NamedTuple, overload
 
@@ -13,8 +14,48 @@ class Example(NamedTuple):
     target: str
 
 
-class BuiltExamples(Sequence[Example]):
-    """A split of a prepared TFDS data set, as examples."""
+class Examples(Sequence[Example]):
+    """A split of a task; a slice of it is a view."""
+
+    @abc.abstractmethod
+    def take(self, indices: Sequence[int]) -> list[Example]:
+        """The examples of some indices within 0 and the length."""
+
+    @abc.abstractmethod
+    def where(self, index: int) -> str:
+        """Where an example is from, for messages."""
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Examples: ...
+
+    def __getitem__(self, index: int | slice) -> Example | Examples:
+        chosen = range(len(self))[index]
+        if isinstance(chosen, range):
+            return _View(self, chosen)
+        return self.take([chosen])[0]
+
+
+class _View(Examples):
+    """Some of the examples of a split."""
+
+    def __init__(self, whole: Examples, chosen: range):
+        self._whole, self._chosen = whole, chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def take(self, indices: Sequence[int]) -> list[Example]:
+        return self._whole.take([self._chosen[index] for index in indices])
+
+    def where(self, index: int) -> str:
+        return self._whole.where(self._chosen[index])
+
+
+class BuiltExamples(Examples):
+    """A split of a prepared TFDS data set."""
 
     def __init__(self, source: Any, name: str, prefix: str = ""):
         self._source, self._name, self._prefix = source, name, prefix
@@ -22,24 +63,10 @@ class BuiltExamples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._source)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return self.take(range(len(self))[index])
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        return self.take([index % len(self)])[0]
-
     def take(self, indices: Sequence[int]) -> list[Example]:
-        """The examples of some indices; reading many at once is ten times faster than each."""
         if not indices:
             return []
-        records = self._source.__getitems__(list(indices))
+        records = self._source.__getitems__(list(indices))  # ten times faster than one by one
         return [
             Example(self._prefix + record["input"].decode(), record["target"].decode())
             for record in records
@@ -51,12 +78,11 @@ class BuiltExamples(Sequence[Example]):
 
 def take(examples: Sequence[Example], indices: Sequence[int]) -> list[Example]:
     """The examples of some indices, all at once where the sequence can."""
-    if isinstance(examples, BuiltExamples):
+    if isinstance(examples, Examples):
         return examples.take(indices)
     return [examples[index] for index in indices]
 
 
 def locate(examples: Sequence[Example], index: int) -> str:
     """Where an example is from, for messages."""
-    where = getattr(examples, "where", None)
-    return where(index) if where else f"example {index}"
+    return examples.where(index) if isinstance(examples, Examples) else f"example {index}"

@@ -1,17 +1,16 @@
-"""JSON Lines of one's own: one object per line with a field for the input and one for the target."""
+"""JSON Lines of one's own: an object per line with a field for the input, one for the target."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
 
-from distillspec_jax.data.examples import Example
+from distillspec_jax.data.examples import Example, Examples
 from distillspec_jax.errors import UserError
 
 
-class JsonlExamples(Sequence[Example]):
+class JsonlExamples(Examples):
     """The validated examples of a JSONL file, held in memory."""
 
     def __init__(
@@ -47,14 +46,8 @@ class JsonlExamples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._examples)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        return self._examples[index]
+    def take(self, indices: Sequence[int]) -> list[Example]:
+        return [self._examples[index] for index in indices]
 
     def where(self, index: int) -> str:
         return f"{self.path}:{self._lines[index]}"
@@ -98,4 +91,6 @@ def _text(path: str | Path, number: int, record: dict, field: str) -> str:
         )
     if not text.strip():
         raise UserError(f"{path}:{number}: field '{field}' is empty")
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        raise UserError(f"{path}:{number}: field '{field}' holds half of a surrogate pair")
     return text

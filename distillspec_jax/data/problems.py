@@ -100,7 +100,7 @@ _TOTAL = ("Together", "In total", "The sum")
 _EACH = ("For each", "One share")
 
 
-def _change(draw: Draw, value: int, name: str, pronoun: str, unit: str) -> tuple[str, Step]:
+def _change(draw: Draw, value: int, pronoun: str, unit: str) -> tuple[str, Step]:
     """One thing that happens to `value` things: (the event as a clause, the step)."""
     kind = draw.between(0, 19)
     holder = f"{pronoun} has"
@@ -151,7 +151,7 @@ def _chain(draw: Draw) -> Problem:
     sentences = [f"{name} {draw.pick(('has', 'owns', 'starts with'))} {value} {unit}."]
     steps: list[Step] = []
     for _ in range(draw.between(2, 3)):
-        event, step = _change(draw, value, name, pronoun, unit)
+        event, step = _change(draw, value, pronoun, unit)
         sentences.append(_sentence(draw, pronoun, event))
         steps.append(step)
         value = step.result
@@ -169,7 +169,8 @@ def _packs(draw: Draw) -> Problem:
     boxes, content, loose = draw.between(2, 9), draw.between(2, 10), draw.between(3, 20)
     buys = f"buys {boxes} {many} with {content} {unit} in each {one}"
     first, second = draw.swap((f"{buys}.", f"has {loose} {unit}."))
-    sentences = [f"{name} {first}", f"{pronoun.capitalize()} {'also ' if draw.chance(0.5) else ''}{second}"]
+    also = "also " if draw.chance(0.5) else ""
+    sentences = [f"{name} {first}", f"{pronoun.capitalize()} {also}{second}"]
     event = f"{boxes} {many} hold {content} each"
     steps = [Step(boxes, "*", content, unit, event, "there are", _GROUPS)]
     left, right = draw.swap((boxes * content, loose))
@@ -177,7 +178,7 @@ def _packs(draw: Draw) -> Problem:
         Step(left, "+", right, unit, f"{pronoun} also has {loose}", f"{pronoun} has", _TOTAL)
     )
     if draw.chance(0.5):
-        event, step = _change(draw, steps[-1].result, name, pronoun, unit)
+        event, step = _change(draw, steps[-1].result, pronoun, unit)
         sentences.append(_sentence(draw, pronoun, event))
         steps.append(step)
     return Problem(tuple(sentences), unit, f"does {name} have now", f"{name} has now", tuple(steps))
@@ -236,7 +237,8 @@ def _money(draw: Draw) -> Problem:
     items = (f"{count} {unit} for {price} dollars each", f"a {extra} for {cost} dollars")
     sentences = [f"{name} buys {' and '.join(draw.swap(items))}."]
     event = f"{pronoun} buys {count} {unit}"
-    steps = [Step(count, "*", price, "dollars", event, f"{pronoun} pays", ("The cost", f"For the {unit}"))]
+    labels = ("The cost", f"For the {unit}")
+    steps = [Step(count, "*", price, "dollars", event, f"{pronoun} pays", labels)]
     left, right = draw.swap((count * price, cost))
     event = f"{pronoun} also buys a {extra}"
     steps.append(Step(left, "+", right, "dollars", event, f"{pronoun} pays", _TOTAL))
@@ -263,9 +265,10 @@ def _share(draw: Draw) -> Problem:
     total = friends * each
     more = draw.between(2, min(15, total - 2))
     verb = draw.pick(("buys", "finds", "gets", "wins"))
+    shares = f"{draw.pick(('shares', 'divides'))} them equally among {friends} friends"
     sentences = [
         f"{name} has {total - more} {unit} and {verb} {more} more.",
-        f"{pronoun.capitalize()} {draw.pick(('shares', 'divides'))} them equally among {friends} friends.",
+        f"{pronoun.capitalize()} {shares}.",
     ]
     left, right = draw.swap((total - more, more))
     event = f"{friends} friends share them"
@@ -291,14 +294,13 @@ def _work(draw: Draw) -> Problem:
     unit = draw.pick(THINGS)
     rate, days = draw.between(2, 10), draw.between(2, 8)
     verb = draw.pick(("collects", "makes", "packs", "paints"))
-    span = draw.swap((f"{rate} {unit} a day", f"for {days} days"))[0]
-    told = f"{verb} {rate} {unit} a day for {days} days"
-    sentences = [f"{name} {told}." if span[0] != "f" else f"For {days} days {name} {verb} {rate} {unit} a day."]
+    daily = f"{name} {verb} {rate} {unit} a day"
+    sentences = [draw.swap((f"{daily} for {days} days.", f"For {days} days {daily}."))[0]]
     left, right = draw.swap((rate, days))
     event = f"{pronoun} {verb} {rate} a day"
     steps = [Step(left, "*", right, unit, event, f"{pronoun} has", _GROUPS)]
     for _ in range(draw.pick((1, 2))):
-        event, step = _change(draw, steps[-1].result, name, pronoun, unit)
+        event, step = _change(draw, steps[-1].result, pronoun, unit)
         sentences.append(_sentence(draw, pronoun, event))
         steps.append(step)
     if len(steps) == 3:

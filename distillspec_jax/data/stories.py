@@ -33,8 +33,13 @@ _BUCKETS = {
 }
 
 
-def story(split: str, index: int) -> tuple[str, str]:
-    """Story number `index` of a split: (question, answer); the answer ends in `#### N`."""
+def story(
+    split: str, index: int, *, longest: tuple[int, int] = (MAX_QUESTION_TOKENS, MAX_ANSWER_TOKENS)
+) -> tuple[str, str]:
+    """Story number `index` of a split: (question, answer); the answer ends in `#### N`.
+
+    Longer ones than `longest` allows, in words of question and answer, are drawn again.
+    """
     buckets = _BUCKETS[split]
     draw = Draw((buckets.start << 40) + index)
     while True:
@@ -43,15 +48,10 @@ def story(split: str, index: int) -> tuple[str, str]:
         if zlib.crc32(question.encode()) % _NUM_BUCKETS not in buckets:
             continue
         answer = annotators.answer(draw, drawn, annotator)
-        if all(step.result <= MAX_NUMBER for step in drawn.steps) and fits(question, answer):
+        lengths = len(words(question)), len(words(answer))
+        small = all(step.result <= MAX_NUMBER for step in drawn.steps)
+        if small and lengths[0] <= longest[0] and lengths[1] <= longest[1]:
             return question, answer
-
-
-def fits(question: str, answer: str) -> bool:
-    """Whether a story keeps within the lengths promised for source and answer."""
-    return (
-        len(words(question)) <= MAX_QUESTION_TOKENS and len(words(answer)) <= MAX_ANSWER_TOKENS
-    )
 
 
 def words(text: str) -> list[str]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from distillspec_jax.data import pipeline
 from distillspec_jax.data.batch import Batch
-from distillspec_jax.data.examples import BuiltExamples, Example
+from distillspec_jax.data.examples import BuiltExamples, Examples
 from distillspec_jax.data.jsonl import JsonlExamples
 from distillspec_jax.data.vocabulary import Vocabulary, load_vocabulary
 from distillspec_jax.errors import UserError, unknown_name
 
+_Splits = Mapping[str, Callable[[], Examples]]
 METRICS = ("exact_match_number", "rouge2", "bleu", "none")
 
 
@@ -32,6 +34,8 @@ class TaskConfig:
       input_length, target_length: longest input and target in pieces, the target's end counted;
         0 means the task's own.
       truncate: cut longer examples; else they are errors.
+      input_eos: end every input with the end of sequence; None means as the models of the task
+        were trained: T5's were with it, those of the stories and of LM1B were not.
       metric: one of METRICS; empty means the task's own.
     """
 
@@ -47,6 +51,7 @@ class TaskConfig:
     input_length: int = 0
     target_length: int = 0
     truncate: bool = False
+    input_eos: bool | None = None
     metric: str = ""
 
 
@@ -60,18 +65,28 @@ class _DataSet:
     target_length: int
     vocabulary: str = ""
     prefix: str = ""
+    input_eos: bool = True
     evaluation_only: bool = False
 
 
+_STORIES = "arithmetic_stories"
+_TRANSLATE, _SUMMARIZE = "translate English to German: ", "summarize: "
 _DATA_SETS = {
     "arithmetic_stories": _DataSet(
         "arithmetic_stories.ArithmeticStories",
         "exact_match_number",
         input_length=40,
         target_length=56,
-        vocabulary="arithmetic_stories",
+        vocabulary=_STORIES,
     ),
-    "jsonl": _DataSet("", "none", input_length=512, target_length=256),
+    "jsonl": _DataSet("", "none", 512, 256),
+    "gsm8k": _DataSet("gsm8k.Gsm8k", "exact_match_number", 256, 320),
+    "wmt14_ende": _DataSet("wmt14_ende.Wmt14Ende", "bleu", 256, 256, prefix=_TRANSLATE),
+    "cnn_dailymail": _DataSet("summaries.CnnDailymail", "rouge2", 1024, 128, prefix=_SUMMARIZE),
+    "xsum": _DataSet("summaries.Xsum", "rouge2", 1024, 64, prefix=_SUMMARIZE),
+    "lm1b": _DataSet("lm1b.Lm1b", "none", 32, 256, input_eos=False),
+    "bbh": _DataSet("bbh.Bbh", "none", 640, 80, evaluation_only=True),
+    "specbench": _DataSet("specbench.Specbench", "none", 2048, 512, evaluation_only=True),
 }
 
 
@@ -79,7 +94,7 @@ class Task:
     """A data set ready to be read.
 
     Attributes:
-      name, metric, input_length, target_length, truncate: as resolved from the config.
+      name, metric, input_length, target_length, truncate, input_eos: as resolved from the config.
       vocabulary: of both texts.
     """
 
@@ -101,55 +116,84 @@ class Task:
                 "SentencePiece .model file, a tokenizer.json or 'bytes'"
             )
         self.vocabulary: Vocabulary = load_vocabulary(vocabulary)
+        self.input_eos = data_set.input_eos and vocabulary != _STORIES
+        if config.input_eos is not None:
+            self.input_eos = config.input_eos
         self.evaluation_only = data_set.evaluation_only
-        self._prefix = data_set.prefix if config.prefix is None else config.prefix
-        self._open = _jsonl(config, self._prefix) if not data_set.builder else None
-        self._builder = _built(config, data_set) if data_set.builder else None
+        prefix = data_set.prefix if config.prefix is None else config.prefix
+        open_splits = _built if data_set.builder else _jsonl
+        self._splits = open_splits(config, data_set, prefix)
+
+    @property
+    def _encoding(self) -> dict[str, Any]:
+        return {
+            "input_length": self.input_length,
+            "target_length": self.target_length,
+            "truncate": self.truncate,
+            "input_eos": self.input_eos,
+        }
 
     @property
     def splits(self) -> tuple[str, ...]:
         """The names of the splits there are."""
-        if self._open is not None:
-            return tuple(self._open)
-        return tuple(self._builder.info.splits)
+        return tuple(self._splits)
 
-    def examples(self, split: str) -> Sequence[Example]:
-        """The examples of a split, by index."""
-        if split not in self.splits:
+    def examples(self, split: str) -> Examples:
+        """The examples of a split, by index; a slice is a view."""
+        if split not in self._splits:
             raise unknown_name("split", split, self.splits, f"task '{self.name}'")
-        if self._open is not None:
-            return self._open[split]()
-        source = self._builder.as_data_source(split)
-        return BuiltExamples(source, f"{self.name}/{split}", self._prefix)
+        return self._splits[split]()
 
     def batches(
-        self, split: str, *, batch_size: int, seed: int, start_step: int = 0, **options: int
+        self,
+        split: str,
+        *,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        bucket: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
     ) -> Iterator[Batch]:
-        """Endless training batches of a split; the rest as in `pipeline.batches`."""
+        """Endless training batches of a split; arguments and errors as in `pipeline.batches`."""
         if self.evaluation_only:
-            raise UserError(f"task '{self.name}' is for evaluation only; train on another one")
+            trainable = [name for name, known in _DATA_SETS.items() if not known.evaluation_only]
+            raise UserError(
+                f"task '{self.name}' is for evaluation only and must not be trained on; "
+                f"train on one of: {', '.join(trainable)}"
+            )
         return pipeline.batches(
             self.examples(split),
             self.vocabulary,
             batch_size=batch_size,
-            input_length=self.input_length,
-            target_length=self.target_length,
             seed=seed,
             start_step=start_step,
-            truncate=self.truncate,
-            **options,
+            bucket=bucket,
+            process_index=process_index,
+            process_count=process_count,
+            **self._encoding,
         )
 
-    def eval_batches(self, split: str, *, batch_size: int, **hosts: int) -> Iterator[Batch]:
-        """One pass over a split; the rest as in `pipeline.eval_batches`."""
+    def eval_batches(
+        self,
+        split: str,
+        *,
+        batch_size: int,
+        count: int | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> Iterator[Batch]:
+        """One pass over a split, or over its first `count` examples.
+
+        The other arguments and errors as in `pipeline.eval_batches`.
+        """
         return pipeline.eval_batches(
-            self.examples(split),
+            self.examples(split)[:count],
             self.vocabulary,
             batch_size=batch_size,
-            input_length=self.input_length,
-            target_length=self.target_length,
-            truncate=self.truncate,
-            **hosts,
+            process_index=process_index,
+            process_count=process_count,
+            **self._encoding,
         )
 
 
@@ -158,7 +202,7 @@ def load_task(config: TaskConfig) -> Task:
     return Task(config)
 
 
-def _jsonl(config: TaskConfig, prefix: str) -> dict[str, Callable[[], JsonlExamples]]:
+def _jsonl(config: TaskConfig, data_set: _DataSet, prefix: str) -> _Splits:
     files = {
         "train": config.train_file,
         "validation": config.validation_file,
@@ -166,18 +210,29 @@ def _jsonl(config: TaskConfig, prefix: str) -> dict[str, Callable[[], JsonlExamp
     }
     if not any(files.values()):
         raise UserError("task 'jsonl' needs train_file, validation_file or test_file")
-    fields = {"input_field": config.input_field, "target_field": config.target_field}
 
-    def opener(path: str) -> Callable[[], JsonlExamples]:
-        return lambda: JsonlExamples(path, prefix=prefix, **fields)
+    @functools.cache
+    def read(path: str) -> JsonlExamples:
+        return JsonlExamples(
+            path,
+            input_field=config.input_field,
+            target_field=config.target_field,
+            prefix=prefix,
+        )
 
-    return {split: opener(path) for split, path in files.items() if path}
+    return {split: functools.partial(read, path) for split, path in files.items() if path}
 
 
-def _built(config: TaskConfig, data_set: _DataSet) -> Any:
+def _built(config: TaskConfig, data_set: _DataSet, prefix: str) -> _Splits:
     # TFDS takes half a second to import, which a run on JSONL need not wait for.
     from distillspec_jax.data.builders import base
 
     module, name = data_set.builder.split(".")
     builders = importlib.import_module(f"distillspec_jax.data.builders.{module}")
-    return base.prepare(getattr(builders, name), config.source_dir)
+    builder = base.prepare(getattr(builders, name), config.source_dir)
+
+    @functools.cache
+    def read(split: str) -> BuiltExamples:
+        return BuiltExamples(builder.as_data_source(split), f"{config.name}/{split}", prefix)
+
+    return {split: functools.partial(read, split) for split in builder.info.splits}

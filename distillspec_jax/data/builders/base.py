@@ -6,14 +6,18 @@ import abc
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
 from distillspec_jax.errors import UserError
-from distillspec_jax.progress import Progress
+
+_EXAMPLES_PER_LINE = 50_000
+_HASHED_BYTES = 1 << 26
+Files = Mapping[str, Sequence[str]]
 
 
 def cache_dir() -> Path:
@@ -24,15 +28,18 @@ def cache_dir() -> Path:
     return Path(cache).expanduser() / "distillspec_jax" / "data"
 
 
-class TextPairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A TFDS data set of (input, target) texts, read and written without TensorFlow.
+class TextPairs(tfds.core.GeneratorBasedBuilder):
+    """A TFDS data set of (input, target) texts, written and read without TensorFlow.
 
     Examples keep the order in which they are generated, so an index means the same example
-    everywhere. A builder that reads files of the user's says which, so that changed files make
-    another data set.
+    everywhere. A target is empty where the data have no reference.
     """
 
     VERSION = tfds.core.Version("1.0.0")
+
+    def __init_subclass__(cls, **kwargs: Any):
+        # TFDS has data sets of the same names; only one of each could be registered.
+        super().__init_subclass__(skip_registration=True, **kwargs)
 
     def __init__(self, *, source_dir: str = "", data_dir: str | Path):
         self.source_dir = source_dir
@@ -41,7 +48,7 @@ class TextPairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     @classmethod
     @abc.abstractmethod
     def sources(cls, source_dir: str) -> dict[str, list[Path]]:
-        """The files of each split that the folder holds; a generated split has none."""
+        """The files that each split is made from; other content makes another data set."""
 
     @abc.abstractmethod
     def pairs(self, split: str) -> Iterable[tuple[str, str]]:
@@ -56,15 +63,66 @@ class TextPairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return {split: self._generate_examples(split) for split in self.sources(self.source_dir)}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, str]]]:
-        for index, (source, target) in enumerate(self.pairs(split)):
-            yield index, {"input": source, "target": target}
+        count = 0
+        for source, target in self.pairs(split):
+            yield count, {"input": source, "target": target}
+            count += 1
+            if count % _EXAMPLES_PER_LINE == 0:
+                _say(f"  {split}: {count:,} examples so far")
+        if not count:
+            raise UserError(f"split '{split}' of {self.name} in '{self.source_dir}' is empty")
+        _say(f"  {split}: {count:,} examples")
 
-    # TFDS prints its own two lines and bars; the progress of this package replaces them.
+    # These two print in TFDS; the lines above replace them.
     def _log_download_bytes(self) -> None:
-        print(f"preparing {self.name} in {self.data_dir} (once)", flush=True)
+        _say(f"preparing {self.name} in {self.data_dir} (once)")
 
     def _log_download_done(self) -> None:
-        print(f"prepared {self.name}", flush=True)
+        pass
+
+
+class FromFiles(TextPairs):
+    """A data set that reads files which the user has put into a folder.
+
+    Attributes:
+      FILES: for each split the glob patterns of its files, `a|b` where either name will do; a
+        split needs a match for each of its patterns, and a folder at least one split.
+    """
+
+    FILES: ClassVar[Files]
+
+    @classmethod
+    def sources(cls, source_dir: str) -> dict[str, list[Path]]:
+        if not source_dir:
+            raise UserError(
+                f"task '{cls.name}' needs source_dir, the folder with its files "
+                f"({cls._wanted()}); nothing is downloaded"
+            )
+        folder = Path(source_dir)
+        if not folder.is_dir():
+            raise UserError(f"source_dir of task '{cls.name}', '{source_dir}', is not a folder")
+        found = {}
+        for split, patterns in cls.FILES.items():
+            matches = [_matches(folder, pattern) for pattern in patterns]
+            if all(matches):
+                found[split] = [path for paths in matches for path in paths]
+        if not found:
+            raise UserError(
+                f"'{source_dir}' holds none of the files of task '{cls.name}': {cls._wanted()}"
+            )
+        return found
+
+    @classmethod
+    def _wanted(cls) -> str:
+        files = (" with ".join(patterns) for patterns in cls.FILES.values())
+        return "; ".join(files).replace("|", " or ")
+
+    def files(self, split: str) -> list[Path]:
+        return self.sources(self.source_dir)[split]
+
+
+def _matches(folder: Path, pattern: str) -> list[Path]:
+    return sorted(path for name in pattern.split("|") for path in folder.glob(name))
 
 
 def prepare(builder_class: type[TextPairs], source_dir: str = "") -> TextPairs:
@@ -73,15 +131,14 @@ def prepare(builder_class: type[TextPairs], source_dir: str = "") -> TextPairs:
     Two processes may call it at once: one prepares, the other waits. An interrupted preparation
     leaves nothing that a later one would take for complete.
     """
-    key = _digest(builder_class.sources(source_dir))
-    root = cache_dir() / key if key else cache_dir()
+    root = cache_dir() / f"{builder_class.name}-{_digest(builder_class.sources(source_dir))}"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        lock = open(root / f"{builder_class.name}.lock", "w")  # noqa: SIM115 (closed by `with`)
+        lock = open(root / "lock", "w")  # noqa: SIM115 (closed by the `with` below)
     except OSError as error:
         raise UserError(
-            f"prepared data cannot be kept in '{cache_dir()}': {error.strerror}; "
-            "name another folder in DISTILLSPEC_DATA"
+            f"cannot keep prepared data in '{cache_dir()}' ({error.strerror}); "
+            "name a folder in the environment variable DISTILLSPEC_DATA"
         ) from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -92,10 +149,20 @@ def prepare(builder_class: type[TextPairs], source_dir: str = "") -> TextPairs:
     return builder
 
 
-def _digest(sources: dict[str, list[Path]]) -> str:
-    """A short name for the state of the source files; empty where there are none."""
-    files = sorted(path.resolve() for paths in sources.values() for path in paths)
-    if not files:
-        return ""
-    states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(repr(states).encode()).hexdigest()[:12]
+def _digest(sources: Mapping[str, Sequence[Path]]) -> str:
+    """A short name for what the sources hold; files too big to read are known by size and time."""
+    state = hashlib.sha256()
+    for split, paths in sources.items():
+        state.update(split.encode())
+        for path in paths:
+            status = path.stat()
+            if status.st_size <= _HASHED_BYTES:
+                held = path.read_bytes()
+            else:
+                held = repr((status.st_size, status.st_mtime_ns)).encode()
+            state.update(hashlib.sha256(held).digest())
+    return state.hexdigest()[:12]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

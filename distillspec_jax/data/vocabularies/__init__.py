@@ -1,6 +1,8 @@
-"""The packaged vocabulary, and the one function that makes it.
+"""The packaged vocabulary, and the one function that makes it. To make it again:
 
     python -c "from distillspec_jax.data import vocabularies; vocabularies.train('my.model')"
+
+SentencePiece of another version may order pieces that are as frequent in another way.
 """
 
 from __future__ import annotations
@@ -9,8 +11,10 @@ import collections
 import io
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from distillspec_jax.data.stories import story, words
 
@@ -18,6 +22,7 @@ ARITHMETIC_STORIES = Path(__file__).parent / "arithmetic_stories.model"
 MAX_NUMBER_PIECE = 150
 _MAX_PIECES = 512
 _NUM_STORIES = 20_000
+_LONGEST = (48, 63)  # also some that are too long for the splits
 
 
 def train(path: str | Path) -> None:
@@ -28,7 +33,8 @@ def train(path: str | Path) -> None:
     for repeated substrings meets most words only once (it counts each distinct word once).
     Pieces: 0 pad, 1 end of sequence, 2 unknown; no start.
     """
-    texts = [text for index in range(_NUM_STORIES) for text in story("pretrain", index)]
+    stories = (story("pretrain", index, longest=_LONGEST) for index in range(_NUM_STORIES))
+    texts = [text for pair in stories for text in pair]
     counts = collections.Counter(word for text in texts for word in words(text))
     seeds = [(w, n) for w, n in counts.most_common() if not w.removeprefix("▁").isdigit()]
     model = io.BytesIO()
@@ -52,4 +58,7 @@ def train(path: str | Path) -> None:
             num_threads=1,
             minloglevel=2,
         )
-    Path(path).write_bytes(model.getvalue())
+    messages: Any = sentencepiece_model_pb2  # made at import, which type checkers cannot see
+    proto = messages.ModelProto.FromString(model.getvalue())
+    proto.trainer_spec.ClearField("seed_sentencepieces_file")  # a temporary file of this machine
+    Path(path).write_bytes(proto.SerializeToString(deterministic=True))
