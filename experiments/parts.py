@@ -82,6 +82,7 @@ def validation_batches(
             input_length=task.input_length,
             target_length=task.target_length,
             truncate=task.truncate,
+            input_eos=task.input_eos,
         )
     )
 
