@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from distillspec_jax.data import pipeline
@@ -59,7 +60,8 @@ class TaskConfig:
 class _DataSet:
     """What is known of a data set by its name."""
 
-    builder: str  # module and class under data/builders; empty for "jsonl"
+    module: str  # under data/builders
+    builders: tuple[str, ...]  # its classes; none for "jsonl"
     metric: str
     input_length: int
     target_length: int
@@ -73,20 +75,24 @@ _STORIES = "arithmetic_stories"
 _TRANSLATE, _SUMMARIZE = "translate English to German: ", "summarize: "
 _DATA_SETS = {
     "arithmetic_stories": _DataSet(
-        "arithmetic_stories.ArithmeticStories",
+        "arithmetic_stories",
+        ("ArithmeticStories", "ArithmeticStoriesPretrain"),
         "exact_match_number",
         input_length=40,
         target_length=56,
         vocabulary=_STORIES,
+        input_eos=False,
     ),
-    "jsonl": _DataSet("", "none", 512, 256),
-    "gsm8k": _DataSet("gsm8k.Gsm8k", "exact_match_number", 256, 320),
-    "wmt14_ende": _DataSet("wmt14_ende.Wmt14Ende", "bleu", 256, 256, prefix=_TRANSLATE),
-    "cnn_dailymail": _DataSet("summaries.CnnDailymail", "rouge2", 1024, 128, prefix=_SUMMARIZE),
-    "xsum": _DataSet("summaries.Xsum", "rouge2", 1024, 64, prefix=_SUMMARIZE),
-    "lm1b": _DataSet("lm1b.Lm1b", "none", 32, 256, input_eos=False),
-    "bbh": _DataSet("bbh.Bbh", "none", 640, 80, evaluation_only=True),
-    "specbench": _DataSet("specbench.Specbench", "none", 2048, 512, evaluation_only=True),
+    "jsonl": _DataSet("", (), "none", 512, 256),
+    "gsm8k": _DataSet("gsm8k", ("Gsm8k",), "exact_match_number", 256, 320),
+    "wmt14_ende": _DataSet("wmt14_ende", ("Wmt14Ende",), "bleu", 256, 256, prefix=_TRANSLATE),
+    "cnn_dailymail": _DataSet(
+        "summaries", ("CnnDailymail",), "rouge2", 1024, 128, prefix=_SUMMARIZE
+    ),
+    "xsum": _DataSet("summaries", ("Xsum",), "rouge2", 1024, 64, prefix=_SUMMARIZE),
+    "lm1b": _DataSet("lm1b", ("Lm1b",), "none", 32, 256, input_eos=False),
+    "bbh": _DataSet("bbh", ("Bbh",), "none", 640, 80, evaluation_only=True),
+    "specbench": _DataSet("specbench", ("Specbench",), "none", 2048, 512, evaluation_only=True),
 }
 
 
@@ -121,7 +127,7 @@ class Task:
             self.input_eos = config.input_eos
         self.evaluation_only = data_set.evaluation_only
         prefix = data_set.prefix if config.prefix is None else config.prefix
-        open_splits = _built if data_set.builder else _jsonl
+        open_splits = _built if data_set.builders else _jsonl
         self._splits = open_splits(config, data_set, prefix)
 
     @property
@@ -198,7 +204,7 @@ class Task:
 
 
 def load_task(config: TaskConfig) -> Task:
-    """Opens a task; a built data set is prepared on first use."""
+    """Opens a task; a built data set is prepared when its examples are first asked for."""
     return Task(config)
 
 
@@ -210,6 +216,9 @@ def _jsonl(config: TaskConfig, data_set: _DataSet, prefix: str) -> _Splits:
     }
     if not any(files.values()):
         raise UserError("task 'jsonl' needs train_file, validation_file or test_file")
+    for split, path in files.items():
+        if path and not Path(path).exists():
+            raise UserError(f"{split}_file '{path}' does not exist")
 
     @functools.cache
     def read(path: str) -> JsonlExamples:
@@ -227,12 +236,19 @@ def _built(config: TaskConfig, data_set: _DataSet, prefix: str) -> _Splits:
     # TFDS takes half a second to import, which a run on JSONL need not wait for.
     from distillspec_jax.data.builders import base
 
-    module, name = data_set.builder.split(".")
-    builders = importlib.import_module(f"distillspec_jax.data.builders.{module}")
-    builder = base.prepare(getattr(builders, name), config.source_dir)
+    module = importlib.import_module(f"distillspec_jax.data.builders.{data_set.module}")
 
     @functools.cache
-    def read(split: str) -> BuiltExamples:
-        return BuiltExamples(builder.as_data_source(split), f"{config.name}/{split}", prefix)
+    def prepared(name: str) -> base.TextPairs:
+        return base.prepare(getattr(module, name), config.source_dir)
 
-    return {split: functools.partial(read, split) for split in builder.info.splits}
+    @functools.cache
+    def read(name: str, split: str) -> BuiltExamples:
+        source = prepared(name).as_data_source(split)
+        return BuiltExamples(source, f"{config.name}/{split}", prefix)
+
+    return {
+        split: functools.partial(read, name, split)
+        for name in data_set.builders
+        for split in getattr(module, name).sources(config.source_dir)
+    }
