@@ -50,7 +50,7 @@ def run(main: Callable[[Any, Path], int | None], config_class: type) -> None:
     def start(argv: Sequence[str]) -> None:
         del argv
         _enable_compilation_cache()
-        absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every step of a save
+        absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs each save, and errors it raises
         config = _or_exit(lambda: to_dataclass(config_class, _CONFIG.value, "config"))
         sys.exit(_or_exit(lambda: main(config, Path(str(_WORKDIR.value)).absolute())))
 

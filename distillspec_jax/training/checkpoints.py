@@ -19,10 +19,13 @@ the largest step if none does (`chosen_step`).
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
+import logging
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +81,14 @@ class Checkpoints:
             self._best.step = step
         params, training = _split(state)
         training["checksums"] = checksums((params, training))
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                training=ocp.args.StandardSave(training),
-                description=ocp.args.JsonSave(self._describe(step, best)),
-                loop=ocp.args.JsonSave(dict(memory)),
-            ),
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            training=ocp.args.StandardSave(training),
+            description=ocp.args.JsonSave(self._describe(step, best)),
+            loop=ocp.args.JsonSave(dict(memory)),
         )
+        with self._told():
+            self._manager.save(step, args=args)
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest whole checkpoint in the structure of `state`, and the loop's memory.
@@ -97,14 +99,16 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
-                found = self._restore_step(step, state)
+                restored, memory = self._restore_step(step, state)
             except UserError:
                 raise
             except Exception as error:  # whatever a damaged file makes Orbax raise
-                self._put_aside(step, error)
-                continue
-            self._best.step = found[1].get("best_step", -1)
-            return found
+                reason = _first_line(error)
+            else:
+                self._best.step = memory.get("best_step", -1)
+                return restored, memory
+            _drop_unfinished_reads()
+            self._put_aside(step, reason)
         if steps:
             raise UserError(
                 f"all checkpoints in {self._folder} are damaged (they are kept in "
@@ -120,11 +124,26 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when everything saved so far is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        with self._told():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
 
     def close(self) -> None:
-        self._manager.close()
+        with self._told():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turns what a full or broken disk makes Orbax raise, now or behind, into one sentence."""
+        try:
+            yield
+        except Exception as error:
+            whole = sorted(int(p.name) for p in self._folder.glob("*") if p.name.isdigit())
+            kept = f"the one of step {whole[-1]} is whole" if whole else "there is none before it"
+            raise UserError(
+                f"a checkpoint could not be saved in {self._folder} ({_first_line(error)}); "
+                f"{kept}; make room or allow writing, then start the same command again"
+            ) from error
 
     def _describe(self, step: int, best: bool) -> dict[str, Any]:
         versions = {
@@ -174,12 +193,11 @@ class Checkpoints:
                     f"this run's is {mine}; use another workdir"
                 )
 
-    def _put_aside(self, step: int, error: Exception) -> None:
+    def _put_aside(self, step: int, reason: str) -> None:
         aside = self._folder.parent / "damaged"
         aside.mkdir(exist_ok=True)
         place = aside / str(step)
         shutil.rmtree(place, ignore_errors=True)
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         print(
             f"warning: the checkpoint of step {step} is damaged ({reason}); it is moved to {place} "
             "and the one before is used",
@@ -225,6 +243,20 @@ def chosen_step(workdir: Path) -> int:
         raise UserError(f"there is no checkpoint in {folder}")
     best = [step for step in steps if _says_best(folder / str(step))]
     return max(best or steps)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _drop_unfinished_reads() -> None:
+    """Lets the other reads of a failed restore go without a traceback of each on the terminal."""
+    logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    was_disabled = logger.disabled
+    logger.disabled, sys.unraisablehook = True, lambda _: None
+    gc.collect()
+    logger.disabled, sys.unraisablehook = was_disabled, hook
 
 
 def _says_best(checkpoint: Path) -> bool:
