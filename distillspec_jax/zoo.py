@@ -17,8 +17,9 @@ from typing import Any
 
 import jax
 
+from distillspec_jax.data.vocabulary import Vocabulary, load_vocabulary
 from distillspec_jax.errors import UserError, unknown_name
-from distillspec_jax.interop import native, orbax
+from distillspec_jax.interop import huggingface, huggingface_config, native, orbax, t5x
 from distillspec_jax.interop.folders import read_json_object
 from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.models.presets import PRESETS
@@ -28,7 +29,12 @@ from distillspec_jax.training.checkpoints import chosen_step
 PRETRAINED = Path(__file__).parent / "pretrained"
 
 # each has read_config(path), read_params(path, config, shardings=, dtype=) and describe(path)
-READERS: dict[str, ModuleType] = {"native": native, "run": orbax}
+READERS: dict[str, ModuleType] = {
+    "native": native,
+    "run": orbax,
+    "huggingface": huggingface,
+    "t5x": t5x,
+}
 
 save_native = native.save
 
@@ -68,8 +74,8 @@ def load(
     """Loads a model, or makes a fresh one: (model, parameters).
 
     Args:
-      name_or_path: a preset, a packaged model, or the path of a native folder, of a run's workdir
-        or of one of its checkpoints.
+      name_or_path: a preset, a packaged model, or the path of a native folder, a Hugging Face
+        folder, a T5X checkpoint, a run's workdir or one of its checkpoints.
       seed: of a preset's fresh parameters.
       shardings: gives a tree of shardings like the parameters; each tensor then goes straight to
         its devices. None: the default device.
@@ -78,27 +84,42 @@ def load(
     found = find(name_or_path)
     if found.path is None:
         return _fresh(PRESETS[found.name], seed, shardings, dtype)
-    reader = READERS[found.kind]
-    config = reader.read_config(found.path)
+    config = _read_config(found)
     places = None if shardings is None else shardings(config)
-    return Transformer(config), reader.read_params(
-        found.path, config, shardings=places, dtype=dtype
-    )
+    read_params = READERS[found.kind].read_params
+    return Transformer(config), read_params(found.path, config, shardings=places, dtype=dtype)
 
 
 def describe(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
     """What is known of a model without reading its weights.
 
-    Keys: "kind", "name", "path" (or None), "model" (fields of ModelConfig), and what its maker
-    stored with it, "vocabulary_fingerprint" for one.
+    Keys: "kind", "name", "path" (or None), "model" (fields of ModelConfig), the special ids, and
+    what its maker stored with it: "vocabulary_fingerprint" and "vocabulary_size" if known, which
+    is what `data.vocabulary.check_same` compares.
     """
     found = find(name_or_path)
     own = {"kind": found.kind, "name": found.name, "path": found.path and str(found.path)}
-    if found.path is None:
-        return own | {"model": dataclasses.asdict(PRESETS[found.name])}
-    reader = READERS[found.kind]
-    config = reader.read_config(found.path)
-    return reader.describe(found.path) | own | {"model": dataclasses.asdict(config)}
+    config, stored = PRESETS.get(found.name), {}
+    if found.path is not None:
+        config, stored = _read_config(found), READERS[found.kind].describe(found.path)
+        vocabulary = vocabulary_of(found)
+        stored |= {} if vocabulary is None else vocabulary.describe()
+    assert config is not None
+    ids = {key: getattr(config, key) for key in ("pad_id", "eos_id", "decoder_start_id")}
+    return stored | own | ids | {"model": dataclasses.asdict(config)}
+
+
+def vocabulary_of(found: Found) -> Vocabulary | None:
+    """The vocabulary that lies beside a model's weights, if one does that this project reads."""
+    if found.kind != "huggingface" or found.path is None:
+        return None
+    settings = found.path / "tokenizer_config.json"
+    if settings.is_file() and "ByT5Tokenizer" in settings.read_text("utf-8", errors="replace"):
+        return load_vocabulary("bytes")
+    try:
+        return load_vocabulary(found.path)
+    except UserError:  # no tokenizer, or of a kind that only transformers knows
+        return None
 
 
 def find(name_or_path: str | os.PathLike[str]) -> Found:
@@ -120,16 +141,42 @@ def find(name_or_path: str | os.PathLike[str]) -> Found:
 
 
 def _identify(path: Path) -> Found:
+    if path.is_file():
+        if path.suffix in (".safetensors", ".json", ".bin"):
+            raise UserError(f"'{path}' is a file of a model; give its folder, '{path.parent}'")
+        return Found("t5x", path.name, path)
     if orbax.is_step(path):
         return Found("run", path.name, path)
     if (path / orbax.FOLDER).is_dir():
         return Found("run", path.name, path / orbax.FOLDER / str(chosen_step(path)))
-    if (path / "config.json").exists() and native.is_native(read_json_object(path, "config.json")):
-        return Found("native", path.name, path)
+    if t5x.is_folder(path):
+        return Found("t5x", path.name, t5x.chosen_folder(path))
+    if (path / "config.json").exists():
+        config = read_json_object(path, "config.json")
+        for kind, is_kind in (
+            ("native", native.is_native),
+            ("huggingface", huggingface_config.is_huggingface),
+        ):
+            if is_kind(config):
+                return Found(kind, path.name, path)
     raise UserError(
-        f"no model in '{path}': expected a run's workdir (checkpoints/) or a native folder "
-        "(config.json with model.safetensors)"
+        f"no model in '{path}': expected a run's workdir (checkpoints/), a Hugging Face or native "
+        "folder (config.json with model.safetensors) or a T5X checkpoint (a file 'checkpoint')"
     )
+
+
+def _read_config(found: Found) -> ModelConfig:
+    """The shape of what was found; a vocabulary beside it says which rows are padding."""
+    config = READERS[found.kind].read_config(found.path)
+    vocabulary = vocabulary_of(found)
+    if vocabulary is None:
+        return config
+    if vocabulary.size > config.vocab_size:
+        raise UserError(
+            f"the vocabulary in '{found.path}' has {vocabulary.size} pieces, the model only "
+            f"{config.vocab_size} rows"
+        )
+    return dataclasses.replace(config, num_pieces=vocabulary.size)
 
 
 def _fresh(

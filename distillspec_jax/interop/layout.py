@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from distillspec_jax.errors import UserError
 from distillspec_jax.models.config import ModelConfig
 
 Path = tuple[str, ...]
+MAX_LAYERS = 2048  # the table is built before a checkpoint is seen: a config may lie
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Leaf:
 def leaves(config: ModelConfig) -> list[Leaf]:
     """All parameters of a model, in the order in which checkpoints are read and written."""
     c = config
+    if max(c.num_encoder_layers, c.num_decoder_layers) > MAX_LAYERS:
+        raise UserError(f"model '{c.name}' claims more than {MAX_LAYERS} layers")
     table = Part("shared.weight", "token_embedder/embedding", (c.vocab_size, c.d_model), False)
     found = [Leaf(("embedding",), table.shape, (table,))]
     if not c.tie_embeddings:

@@ -94,15 +94,15 @@ def save(
         "format": FORMAT,
         "versions": {"distillspec_jax": distillspec_jax.__version__, "jax": jax.__version__},
     }
-    with new_folder(Path(workdir)) as temporary:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            checkpointer.save(
-                temporary / FOLDER / str(stored["step"]),
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(params),
-                    description=ocp.args.JsonSave(json.loads(json.dumps(stored))),
-                ),
-            )
+    args = ocp.args.Composite(
+        params=ocp.args.StandardSave(params),
+        description=ocp.args.JsonSave(json.loads(json.dumps(stored))),
+    )
+    with (
+        new_folder(Path(workdir)) as temporary,
+        ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
+    ):
+        checkpointer.save(temporary / FOLDER / str(stored["step"]), args=args)
 
 
 def _check(metadata: Any, table: list[layout.Leaf], where: str) -> None:

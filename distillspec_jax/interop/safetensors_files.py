@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -62,18 +62,22 @@ class SafetensorsFile:
 
     def read(self, name: str) -> np.ndarray:
         """The tensor `name`, in its stored dtype; nothing else of the file is touched."""
-        info = self.tensors[name]
-        array = np.empty(info.shape, info.dtype)
-        target = array.reshape(-1).view(np.uint8)
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(info.begin)
-            done = 0
-            while done < info.nbytes:
-                count = file.readinto(memoryview(target)[done:])
-                if not count:
-                    raise UserError(f"{self.path} ends within tensor '{name}'")
-                done += count
-        return array
+        return read_tensor(self.path, self.tensors[name])
+
+
+def read_tensor(path: Path, info: TensorInfo) -> np.ndarray:
+    """The tensor that lies at `info` of a file; nothing else of the file is touched."""
+    array = np.empty(info.shape, info.dtype)
+    target = memoryview(array.reshape(-1).view(np.uint8).data)
+    with path.open("rb", buffering=0) as file:
+        file.seek(info.begin)
+        done = 0
+        while done < info.nbytes:
+            count = file.readinto(target[done:])
+            if not count:
+                raise UserError(f"{path} ends within a tensor")
+            done += count
+    return array
 
 
 def _read_header(file: Any, size: int) -> tuple[dict[str, Any], int]:
@@ -118,9 +122,9 @@ def _tensor_info(name: str, entry: Any, data_begin: int) -> TensorInfo:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{label} has dtype {dtype!r:.40}, supported are {', '.join(DTYPES)}")
-    if not _is_sizes(shape) or len(shape) > MAX_RANK:
+    if not is_sizes(shape) or len(shape) > MAX_RANK:
         raise ValueError(f"{label} has no sound shape")
-    if not _is_sizes(offsets) or len(offsets) != 2:
+    if not is_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"{label} has no sound data_offsets")
     begin, end = offsets
     info = TensorInfo(tuple(shape), DTYPES[dtype], data_begin + begin)
@@ -129,7 +133,8 @@ def _tensor_info(name: str, entry: Any, data_begin: int) -> TensorInfo:
     return info
 
 
-def _is_sizes(value: Any) -> bool:
+def is_sizes(value: Any) -> TypeGuard[list[int]]:
+    """Whether a value from a file is a list of sizes or offsets."""
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
@@ -153,6 +158,6 @@ def write(
         for (name, array), (expected, info) in zip(arrays, infos.items(), strict=True):
             if (name, array.shape, array.dtype) != (expected, info.shape, info.dtype):
                 raise ValueError(f"tensor {name} is not what the header promised")
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())

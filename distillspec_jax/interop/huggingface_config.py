@@ -1,0 +1,219 @@
+"""Hugging Face's T5Config and ours, both ways; a field of the architecture counts or is refused.
+
+Written against transformers 4 and 5, which differ in one thing: 5 always says
+`tie_word_embeddings: true` and lets the file decide (a `lm_head.weight` of its own unties), and
+keeps what the field meant for the scale of the logits in `scale_decoder_outputs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from distillspec_jax.errors import UserError, unknown_name
+from distillspec_jax.models.config import ACTIVATIONS, ModelConfig
+
+MODEL_TYPES = ("t5", "mt5")
+ARCHITECTURES = ("T5ForConditionalGeneration", "MT5ForConditionalGeneration", "T5WithLMHeadModel")
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "d_model": "d_model",
+    "num_heads": "num_heads",
+    "d_kv": "head_dim",
+    "d_ff": "d_ff",
+    "num_layers": "num_encoder_layers",
+}
+_REFUSED = {  # fields that change what the model computes, unless they hold this
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "is_encoder_decoder": True,
+    "pruned_heads": {},
+    "per_layer_config": None,
+    "quantization_config": None,
+    "auto_map": None,
+}
+_ALIASES = {"swish": "silu", "gelu_pytorch_tanh": "gelu_new"}
+
+
+def is_huggingface(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of the transformers library."""
+    return "model_type" in config or "architectures" in config
+
+
+def read(
+    config: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    *,
+    name: str,
+    where: str,
+    tie_embeddings: bool,
+) -> ModelConfig:
+    """ModelConfig from config.json and generation_config.json (empty if there is none).
+
+    Args:
+      where: what errors call the file.
+      tie_embeddings: whether the weights are tied, which only the weights tell (`is_tied_by_flag`).
+    Raises:
+      UserError naming the field that is missing, refused or of the wrong type.
+    """
+    _check_kind(config, where)
+    sizes: dict[str, Any] = {o: _size(config, t, where) for t, o in _SIZES.items()}
+    decoder_layers = config.get("num_decoder_layers")
+    if decoder_layers is not None:
+        decoder_layers = _size(config, "num_decoder_layers", where)
+    activation, gated = _activation(config, where)
+    ids = [config, generation]
+    pad_id = _token_id("pad_token_id", ids, 0, where)
+    return ModelConfig(
+        name=name,
+        **sizes,
+        num_decoder_layers=decoder_layers or sizes["num_encoder_layers"],
+        num_pieces=num_pieces(sizes["vocab_size"]),
+        activation=activation,
+        gated=gated,
+        tie_embeddings=tie_embeddings,
+        scale_logits=_scale_logits(config, where),
+        relative_buckets=_size(config, "relative_attention_num_buckets", where, 32),
+        relative_max_distance=_max_distance(config, where),
+        layer_norm_epsilon=_number(config, "layer_norm_epsilon", where, 1e-6),
+        dropout_rate=_number(config, "dropout_rate", where, 0.0),
+        pad_id=pad_id,
+        eos_id=_token_id("eos_token_id", ids, 1, where),
+        decoder_start_id=_token_id("decoder_start_token_id", ids, pad_id, where),
+    )
+
+
+def is_tied_by_flag(config: Mapping[str, Any]) -> bool:
+    """What config.json says of the output matrix; a differing `lm_head.weight` overrules a yes."""
+    return config.get("tie_word_embeddings") is not False
+
+
+def num_pieces(vocab_size: int) -> int:
+    """Pieces behind the published padded embeddings (T5, mT5); any other has no padding rows."""
+    return {32_128: 32_100, 250_112: 250_100}.get(vocab_size, vocab_size)
+
+
+def write(config: ModelConfig, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json and generation_config.json for a T5ForConditionalGeneration.
+
+    Raises UserError for a decoder-only model: transformers has no such T5.
+    """
+    c = config
+    if not c.is_encoder_decoder:
+        raise UserError(
+            f"model '{c.name}' is decoder-only; transformers has no such T5, keep it as native or "
+            "Orbax"
+        )
+    activation = "gelu" if c.activation == "gelu_new" and c.gated else c.activation
+    ids = {
+        "pad_token_id": c.pad_id,
+        "eos_token_id": c.eos_id,
+        "decoder_start_token_id": c.decoder_start_id,
+    }
+    written = {theirs: getattr(c, ours) for theirs, ours in _SIZES.items()} | {
+        "architectures": ["T5ForConditionalGeneration"],
+        "model_type": "t5",
+        "is_encoder_decoder": True,
+        "num_decoder_layers": c.num_decoder_layers,
+        "feed_forward_proj": f"gated-{activation}" if c.gated else activation,
+        "dense_act_fn": c.activation,  # tells apart the two kinds of GELU behind "gated-gelu"
+        "is_gated_act": c.gated,
+        "tie_word_embeddings": c.tie_embeddings,
+        "scale_decoder_outputs": c.scale_logits,
+        "relative_attention_num_buckets": c.relative_buckets,
+        "relative_attention_max_distance": c.relative_max_distance,
+        "layer_norm_epsilon": c.layer_norm_epsilon,
+        "dropout_rate": c.dropout_rate,
+        "torch_dtype": dtype,
+        **ids,
+    }
+    generation: dict[str, Any] = dict(ids)
+    if c.num_pieces < c.vocab_size:  # rows that were never trained must not be drawn there either
+        generation["suppress_tokens"] = list(range(c.num_pieces, c.vocab_size))
+    return written, generation
+
+
+def _check_kind(config: Mapping[str, Any], where: str) -> None:
+    kind = config.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise UserError(
+            f"{where} has model_type {kind!r:.60}, supported are {' and '.join(MODEL_TYPES)} "
+            "(T5, FLAN-T5, mT5, ByT5, UL2)"
+        )
+    architectures = config.get("architectures") or ARCHITECTURES
+    if not isinstance(architectures, list | tuple) or not set(map(str, architectures)).intersection(
+        ARCHITECTURES
+    ):
+        raise UserError(
+            f"{where} has architectures {architectures!r:.80}, supported is {ARCHITECTURES[0]}"
+        )
+    for field, harmless in _REFUSED.items():
+        if config.get(field) not in (None, harmless):
+            raise UserError(f"{where} has {field} {config[field]!r:.60}, which is not supported")
+
+
+def _size(config: Mapping[str, Any], field: str, where: str, default: int | None = None) -> int:
+    value = config.get(field, default)
+    if type(value) is not int or value < 1:
+        raise UserError(f"{where} has {field} {value!r:.60}, must be a positive whole number")
+    return value
+
+
+def _number(config: Mapping[str, Any], field: str, where: str, default: float) -> float:
+    value = config.get(field, default)
+    if type(value) not in (int, float) or not 0 <= value < 1:
+        raise UserError(f"{where} has {field} {value!r:.60}, must be a number within 0 and 1")
+    return float(value)
+
+
+def _max_distance(config: Mapping[str, Any], where: str) -> int:
+    buckets = _size(config, "relative_attention_num_buckets", where, 32)
+    distance = _size(config, "relative_attention_max_distance", where, 128)
+    if buckets < 4 or distance <= buckets // 2:
+        raise UserError(
+            f"{where} has relative_attention_num_buckets {buckets} and "
+            f"relative_attention_max_distance {distance}; needed are at least 4 buckets and a "
+            "distance of more than half of them"
+        )
+    return distance
+
+
+def _activation(config: Mapping[str, Any], where: str) -> tuple[str, bool]:
+    """Activation and whether it is gated; "gated-gelu" has always meant the tanh form there."""
+    projection = config.get("feed_forward_proj", "relu")
+    gate, dash, name = str(projection).rpartition("-")
+    if not isinstance(projection, str) or gate != ("gated" if dash else ""):
+        raise UserError(
+            f"{where} has feed_forward_proj {projection!r:.60}, must be ACT or gated-ACT"
+        )
+    gated = bool(dash)
+    if config.get("is_gated_act", gated) is not gated:
+        raise UserError(f"{where} has feed_forward_proj '{projection}' but another is_gated_act")
+    derived = "gelu_new" if projection == "gated-gelu" else name
+    stated = config.get("dense_act_fn", derived)
+    activation = _ALIASES.get(stated, stated) if isinstance(stated, str) else repr(stated)[:60]
+    if activation not in ACTIVATIONS:
+        raise unknown_name("activation of feed_forward_proj", activation, ACTIVATIONS, where)
+    return activation, gated
+
+
+def _scale_logits(config: Mapping[str, Any], where: str) -> bool:
+    for field in ("scale_decoder_outputs", "tie_word_embeddings"):
+        if config.get(field) not in (None, True, False):
+            raise UserError(f"{where} has {field} {config[field]!r:.60}, must be true or false")
+    if config["model_type"] == "mt5":
+        return False  # its code never scales
+    return config.get("scale_decoder_outputs", is_tied_by_flag(config)) is not False
+
+
+def _token_id(field: str, sources: list[Mapping[str, Any]], default: int, where: str) -> int:
+    """The id in config.json or generation_config.json, which must not differ."""
+    stated = [source[field] for source in sources if source.get(field) is not None]
+    stated = [ids[0] if isinstance(ids, list) and len(ids) == 1 else ids for ids in stated]
+    if any(type(each) is not int or each < 0 for each in stated):
+        raise UserError(f"{where} has {field} {stated[0]!r:.60}, must be one id")
+    if len(set(stated)) > 1:
+        raise UserError(
+            f"{where} has {field} {stated[0]}, generation_config.json beside it {stated[1]}"
+        )
+    return stated[0] if stated else default
