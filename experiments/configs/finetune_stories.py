@@ -17,14 +17,14 @@ def get_config(which: str = "draft") -> ConfigDict:
     config = ConfigDict()
     config.model = "cpu_target" if is_target else "cpu_draft"
     config.seed = 0
-    config.steps = 6_000 if is_target else 4_000
+    config.steps = 5_500 if is_target else 4_000
     config.task = ConfigDict({"name": "arithmetic_stories"})
     config.train_split = "pretrain" if is_target else "train"
     config.batch_size = 32
     config.length_bucket = 8
     config.optimizer = ConfigDict(
         {
-            "learning_rate": 1e-3 if is_target else 2e-3,
+            "learning_rate": 4e-4 if is_target else 2e-3,
             "schedule": "cosine",
             "warmup_steps": 200,
             "floor": 0.02,
