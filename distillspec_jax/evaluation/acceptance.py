@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distillspec_jax.decoding.sampling import Sampling, process
+from distillspec_jax.decoding.sampling import STANDARD, Sampling, process
+from distillspec_jax.decoding.state import ACCEPTED, CORRECTED, SpeculativeOutput
 from distillspec_jax.errors import UserError
+from distillspec_jax.evaluation.intervals import Estimate, ratio, ratio_of_ratios
 from distillspec_jax.models.transformer import Transformer, hidden_states, unembed
 
 Params = Any
@@ -52,7 +55,9 @@ class TeacherForced:
 
 
 @functools.partial(jax.jit, static_argnames=("target", "draft", "sampling", "draft_sampling"))
-def _along_texts(target, target_params, draft, draft_params, inputs, texts, sampling, draft_sampling):
+def _along_texts(
+    target, target_params, draft, draft_params, inputs, texts, lengths, sampling, draft_sampling
+):
     hidden = (
         hidden_states(target, target_params, inputs, texts),
         hidden_states(draft, draft_params, inputs, texts),
@@ -68,8 +73,8 @@ def _along_texts(target, target_params, draft, draft_params, inputs, texts, samp
         return token_acceptance(p, q), accept
 
     overlap, accept = jax.lax.map(at_position, tuple(x.swapaxes(0, 1) for x in (*hidden, texts)))
-    is_text = texts != target.config.pad_id
-    return tuple(jnp.where(is_text, x.T, 0.0) for x in (overlap, accept)), is_text.sum(axis=1)
+    is_text = jnp.arange(texts.shape[1])[None] < lengths[:, None]
+    return tuple(jnp.where(is_text, x.T, 0.0) for x in (overlap, accept))
 
 
 def along_texts(
@@ -79,25 +84,26 @@ def along_texts(
     draft_params: Params,
     inputs: jax.Array,
     texts: jax.Array,
+    lengths: jax.Array,
     *,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = STANDARD,
     draft_sampling: Sampling | None = None,
 ) -> TeacherForced:
     """Scores texts of the target with both models, one forward pass each (PAPER section 1).
 
     Args:
       inputs: [B, S] int32, right-padded prompts.
-      texts: [B, T] int32, sampled from the target under `sampling`, end-of-sequence included.
+      texts: [B, T] int32, sampled from the target under `sampling`.
+      lengths: [B], tokens of each text, its end-of-sequence included; a model may write the
+        padding's id, so the texts alone do not tell.
       sampling, draft_sampling: processing of target and draft; the draft's defaults to the
         target's.
 
     Returns:
       `TeacherForced` on the host.
     """
-    arrays, lengths = _along_texts(
-        target, target_params, draft, draft_params, inputs, texts, sampling,
-        draft_sampling or sampling,
-    )  # fmt: skip
+    models = target, target_params, draft, draft_params
+    arrays = _along_texts(*models, inputs, texts, lengths, sampling, draft_sampling or sampling)
     overlap, accept = (np.asarray(x, np.float64) for x in arrays)
     return TeacherForced(overlap, accept, np.asarray(lengths))
 
@@ -143,3 +149,88 @@ def iid_block_efficiency(acceptance_rate: float, gamma: int) -> float:
     Source: arXiv 2211.17192, equation 1. It holds for acceptances independent along the text.
     """
     return float(sum(acceptance_rate**k for k in range(gamma + 1)))
+
+
+def from_blocks(origins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Accepted and tested tokens read off the texts: a correction ends each block that failed.
+
+    Args:
+      origins: [P, L], how each token came to be (`SpeculativeOutput.origins`); bonus tokens were
+        never tested, and what the length limit cut off is not seen.
+
+    Returns:
+      (accepted [P], tested [P]); alpha is the ratio of their sums.
+    """
+    accepted = np.sum(origins == ACCEPTED, axis=1)
+    return accepted, accepted + np.sum(origins == CORRECTED, axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What one draft did on each prompt, every column [prompts], or [seeds, prompts].
+
+    accepted, tested, emitted, calls: counted by the sampler.
+    block_accepted, block_tested: read off the texts (`from_blocks`).
+    overlap, text_tokens: sum of beta along the target's own text, and its length.
+    path_calls: target calls expected along that text (`blocks_along_texts`).
+    """
+
+    accepted: np.ndarray
+    tested: np.ndarray
+    emitted: np.ndarray
+    calls: np.ndarray
+    block_accepted: np.ndarray
+    block_tested: np.ndarray
+    overlap: np.ndarray
+    text_tokens: np.ndarray
+    path_calls: np.ndarray
+
+    @classmethod
+    def of(cls, output: SpeculativeOutput, along: TeacherForced, gamma: int) -> Counts:
+        """The columns of one draft from its real decoding and from the target's texts."""
+        statistics = output.statistics
+        block_accepted, block_tested = from_blocks(np.asarray(output.origins))
+        text_tokens, path_calls = blocks_along_texts(along.accept, along.lengths, gamma)
+        return cls(
+            accepted=np.asarray(statistics.accepted),
+            tested=np.asarray(statistics.tested),
+            emitted=np.asarray(statistics.emitted),
+            calls=np.asarray(statistics.target_calls),
+            block_accepted=block_accepted,
+            block_tested=block_tested,
+            overlap=along.overlap.sum(axis=1),
+            text_tokens=text_tokens,
+            path_calls=path_calls,
+        )
+
+    @classmethod
+    def stack(cls, parts: Sequence[Counts]) -> Counts:
+        """Seeds of one draft, measured on the same prompts."""
+        return cls(
+            *(
+                np.stack([getattr(part, field.name) for part in parts])
+                for field in dataclasses.fields(cls)
+            )
+        )
+
+    @property
+    def block_efficiency(self) -> Estimate:
+        """tau, tokens per target call."""
+        return ratio(self.emitted, self.calls)
+
+    def gain(self, base: Counts) -> Estimate:
+        """tau over the tau of another draft on the same prompts, paired."""
+        return ratio_of_ratios(self.emitted, self.calls, base.emitted, base.calls)
+
+    def keys(self, gamma: int) -> dict[str, Any]:
+        """Entries of a summary: alpha in three ways, tau measured and predicted in two."""
+        counted = ratio(self.accepted, self.tested)
+        return {
+            **counted.keys("acceptance_rate"),
+            **ratio(self.overlap, self.text_tokens).keys("acceptance_rate_overlap"),
+            **ratio(self.block_accepted, self.block_tested).keys("acceptance_rate_blocks"),
+            **self.block_efficiency.keys("block_efficiency"),
+            **ratio(self.text_tokens, self.path_calls).keys("block_efficiency_path"),
+            "block_efficiency_iid": iid_block_efficiency(counted.value, gamma),
+            "num_prompts": counted.n,
+        }

@@ -86,7 +86,9 @@ def estimate(
         tables = np.broadcast_arrays(*(np.atleast_2d(column) for column in columns))
     except ValueError:
         shapes = ", ".join(str(np.shape(column)) for column in columns)
-        raise UserError(f"columns of a bootstrap differ in their prompts: shapes {shapes}") from None
+        raise UserError(
+            f"columns of a bootstrap differ in their prompts: shapes {shapes}"
+        ) from None
     if not tables[0].size:
         raise UserError("an interval needs at least one prompt, got none")
     with np.errstate(divide="ignore", invalid="ignore"):  # a resample may hold no test at all

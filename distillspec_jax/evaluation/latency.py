@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -165,13 +166,39 @@ class Clock:
     spread: dict[str, float]
     compile_seconds: dict[str, float]
 
-    def tokens_per_second(self, name: str) -> Estimate:
-        return ratio(self.tokens[name], self.seconds[name])
+    @classmethod
+    def join(cls, clocks: Sequence[Clock]) -> Clock:
+        """One clock of several whose decoders have different names."""
+        fields = [field.name for field in dataclasses.fields(cls)]
+        return cls(*(dict(ChainMap(*(getattr(c, field) for c in clocks))) for field in fields))
 
-    def speedup(self, name: str, over: str) -> Estimate:
-        """Rate of one decoder over another's, paired by prompt."""
-        columns = self.tokens[name], self.seconds[name], self.tokens[over], self.seconds[over]
-        return ratio_of_ratios(*columns)
+    def tokens_per_second(self, names: Sequence[str]) -> Estimate:
+        """Tokens over seconds; several names are seeds of one decoder, resampled as such."""
+        return ratio(_stack(self.tokens, names), _stack(self.seconds, names))
+
+    def speedup(self, names: Sequence[str], over: Sequence[str]) -> Estimate:
+        """Rate of a decoder (of its seeds) over another's, paired by prompt."""
+        return ratio_of_ratios(
+            _stack(self.tokens, names),
+            _stack(self.seconds, names),
+            _stack(self.tokens, over),
+            _stack(self.seconds, over),
+        )
+
+    def keys(self, names: Sequence[str], target: str) -> dict[str, Any]:
+        """Entries of a summary: rates of the target alone and with a draft, and their ratio."""
+        return {
+            **self.tokens_per_second([target]).keys("tokens_per_second_target"),
+            **self.tokens_per_second(names).keys("tokens_per_second_speculative"),
+            **self.speedup(names, [target]).keys("speedup_wall_clock"),
+            "timed_prompts": len(self.seconds[target]),
+            "timing_spread": max(self.spread[name] for name in [*names, target]),
+            "compile_seconds": max(self.compile_seconds[name] for name in names),
+        }
+
+
+def _stack(column: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
+    return np.stack([column[name] for name in names])
 
 
 Decoder = Callable[[Any], tuple[jax.Array, jax.Array]]
@@ -193,7 +220,7 @@ def race(
       repeats: timed rounds per prompt; their median counts.
       on_prompt: told how many prompts are done.
     """
-    first = {name: _timed(lambda f=f: f(prompts[0]))[0] for name, f in decoders.items()}
+    first = {name: _timed(functools.partial(f, prompts[0]))[0] for name, f in decoders.items()}
     seconds = {name: np.zeros((len(prompts), repeats)) for name in decoders}
     tokens = {name: np.zeros(len(prompts), np.int64) for name in decoders}
     for row, prompt in enumerate(prompts):

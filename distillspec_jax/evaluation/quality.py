@@ -15,7 +15,7 @@ from rouge_score import rouge_scorer
 from sacrebleu.metrics import BLEU
 
 from distillspec_jax.errors import UserError, unknown_name
-from distillspec_jax.evaluation.intervals import Estimate, estimate, exact_proportion, ratio
+from distillspec_jax.evaluation.intervals import Estimate, estimate, exact_proportion
 
 _FINAL_NUMBER = re.compile(r"####\s*([-+]?[$€£]?\s*\d[\d,]*(?:\.\d+)?)")
 
@@ -26,101 +26,121 @@ def final_number(text: str) -> float | None:
     return float(re.sub(r"[$€£,\s]", "", found[-1])) if found else None
 
 
-def exact_match_number(predictions: Sequence[str], references: Sequence[str]) -> Estimate:
-    """Share of answers whose final number is the reference's, with the exact interval."""
-    _check_pairs(predictions, references)
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A figure of a corpus: columns of numbers per text, and what their sums make.
+
+    columns: (predictions, references) -> arrays [texts].
+    statistic: sums of the columns -> share of 1; elementwise.
+    is_proportion: whether the first column counts successes.
+    """
+
+    columns: Callable[[Sequence[str], Sequence[str]], list[np.ndarray]]
+    statistic: Callable[..., np.ndarray] = np.divide
+    is_proportion: bool = False
+
+
+def _number_matches(predictions: Sequence[str], references: Sequence[str]) -> list[np.ndarray]:
     wanted = [final_number(reference) for reference in references]
     if None in wanted:
         row = wanted.index(None)
         raise UserError(f"reference {row} has no final number '#### N': {references[row]!r}")
-    right = sum(
-        final_number(text) == number for text, number in zip(predictions, wanted, strict=True)
-    )
-    return _percent(exact_proportion(right, len(wanted)))
+    pairs = zip(predictions, wanted, strict=True)
+    return _mean_of([final_number(text) == number for text, number in pairs])
 
 
-def rouge(
-    predictions: Sequence[str], references: Sequence[str], kind: str = "rouge2"
-) -> Estimate:
-    """Mean F-measure of `rouge1`, `rouge2`, `rougeL` or `rougeLsum`, unstemmed as in T5."""
-    _check_pairs(predictions, references)
-    scorer = rouge_scorer.RougeScorer([kind])
-    scores = [
-        scorer.score(target=_sentences(reference), prediction=_sentences(text))[kind].fmeasure
-        for text, reference in zip(predictions, references, strict=True)
-    ]
-    return _percent(ratio(np.array(scores), np.ones(len(scores))))
+def _mean_of(values: Sequence[float]) -> list[np.ndarray]:
+    return [np.array(values, np.float64), np.ones(len(values))]
+
+
+def _rouge(kind: str) -> Metric:
+    """Mean F-measure of rouge1, rouge2, rougeL or rougeLsum, unstemmed as in T5."""
+
+    def columns(predictions: Sequence[str], references: Sequence[str]) -> list[np.ndarray]:
+        scorer = rouge_scorer.RougeScorer([kind])
+        pairs = zip(predictions, references, strict=True)
+        return _mean_of(
+            [
+                scorer.score(target=_sentences(reference), prediction=_sentences(text))[
+                    kind
+                ].fmeasure
+                for text, reference in pairs
+            ]
+        )
+
+    return Metric(columns)
 
 
 def _sentences(text: str) -> str:
     return text.replace(" . ", " .\n")  # what rougeLsum takes for the end of a sentence
 
 
-def bleu(predictions: Sequence[str], references: Sequence[str]) -> Estimate:
-    """Corpus BLEU (international tokens, exponential smoothing, cased), resampled by sentence."""
-    _check_pairs(predictions, references)
+def _bleu_counts(predictions: Sequence[str], references: Sequence[str]) -> list[np.ndarray]:
+    """Matching and all n-grams of each order, and both lengths: what corpus BLEU is made of."""
     # effective order keeps sacrebleu from warning of sentence scores; only the counts are used
     scorer = BLEU(tokenize="intl", smooth_method="exp", effective_order=True)
-    scores = [
-        scorer.sentence_score(text, [reference])
-        for text, reference in zip(predictions, references, strict=True)
-    ]
-    counts = np.array([s.counts + s.totals + [s.sys_len, s.ref_len] for s in scores])
-
-    def corpus(*sums: np.ndarray) -> np.ndarray:
-        rows = np.stack(np.atleast_1d(*sums), axis=-1).astype(int).tolist()
-        values = np.array([_bleu_of_sums(row) for row in rows])
-        return values if np.ndim(sums[0]) else values[0]
-
-    return estimate(corpus, list(counts.T))
+    pairs = zip(predictions, references, strict=True)
+    scores = [scorer.sentence_score(text, [reference]) for text, reference in pairs]
+    return list(np.array([s.counts + s.totals + [s.sys_len, s.ref_len] for s in scores]).T)
 
 
-def _bleu_of_sums(sums: list[int]) -> float:
-    orders = (len(sums) - 2) // 2
-    score = BLEU.compute_bleu(
-        sums[:orders], sums[orders:-2], sums[-2], sums[-1], smooth_method="exp"
-    )
-    return score.score
+def _bleu(*sums: np.ndarray) -> np.ndarray:
+    rows = np.stack(sums, axis=-1).astype(int)
+    return np.apply_along_axis(_bleu_of_sums, -1, rows) / 100
 
 
-METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], Estimate]] = {
-    "exact_match_number": exact_match_number,
-    "rouge2": rouge,
-    "bleu": bleu,
+def _bleu_of_sums(sums: np.ndarray) -> float:
+    correct, total = sums[:-2].reshape(2, -1).tolist()
+    sys_len, ref_len = sums[-2:].tolist()
+    return BLEU.compute_bleu(correct, total, sys_len, ref_len, smooth_method="exp").score
+
+
+METRICS = {
+    "exact_match_number": Metric(_number_matches, is_proportion=True),
+    **{kind: _rouge(kind) for kind in ("rouge1", "rouge2", "rougeL", "rougeLsum")},
+    "bleu": Metric(_bleu_counts, _bleu),
 }
 
 
-def quality(
-    metric: str, predictions: Sequence[str], references: Sequence[str]
-) -> Estimate | None:
+def quality(metric: str, predictions: Sequence[str], references: Sequence[str]) -> Estimate | None:
     """Scores texts by a task's metric; None for a task that has none.
 
     Args:
-      metric: `exact_match_number`, `rouge2`, `bleu` or `none`.
+      metric: `exact_match_number` (number behind the last `####`), `rouge1`, `rouge2`, `rougeL`,
+        `rougeLsum` (mean F-measure, no stemming), `bleu` (of the corpus, international tokens,
+        exponential smoothing, cased) or `none`.
       predictions, references: texts, pairwise.
 
     Returns:
-      Percent with its interval.
+      Percent; the interval is exact for a proportion, else resampled by text.
 
     Raises:
       UserError: unknown metric, no texts or unequal numbers of them, a reference without number.
     """
+    return pooled_quality(metric, [predictions], references)
+
+
+def pooled_quality(
+    metric: str, seeds: Sequence[Sequence[str]], references: Sequence[str]
+) -> Estimate | None:
+    """`quality` of several seeds' texts on the same prompts, resampled over seeds and prompts."""
     if metric == "none":
         return None
     if metric not in METRICS:
         raise unknown_name("metric", metric, [*METRICS, "none"])
-    return METRICS[metric](predictions, references)
-
-
-def _check_pairs(predictions: Sequence[str], references: Sequence[str]) -> None:
-    if len(predictions) != len(references) or not references:
-        raise UserError(
-            f"quality needs as many predictions as references and at least one, "
-            f"got {len(predictions)} and {len(references)}"
-        )
-
-
-def _percent(share: Estimate) -> Estimate:
+    for predictions in seeds:
+        if len(predictions) != len(references) or not references:
+            raise UserError(
+                f"quality needs as many predictions as references and at least one, "
+                f"got {len(predictions)} and {len(references)}"
+            )
+    kind = METRICS[metric]
+    tables = [kind.columns(predictions, references) for predictions in seeds]
+    columns = [np.stack(column) for column in zip(*tables, strict=True)]
+    if kind.is_proportion and len(seeds) == 1:
+        share = exact_proportion(int(columns[0].sum()), len(references))
+    else:
+        share = estimate(kind.statistic, columns)
     return dataclasses.replace(
         share, value=100 * share.value, low=100 * share.low, high=100 * share.high
     )

@@ -43,11 +43,12 @@ def test_teacher_forced_acceptance_equals_numpy(encoder_layers, temperature):
     target, target_params = tiny("target", 0, num_encoder_layers=encoder_layers)
     draft, draft_params = tiny("draft", 1, d_model=4, num_encoder_layers=encoder_layers)
     inputs = jnp.array([[5, 9, 3, 0], [7, 2, 8, 12], [4, 0, 0, 0]])
-    texts = jnp.array([[6, 3, 1, 0, 0], [2, 11, 10, 9, 4], [1, 0, 0, 0, 0]])
-    measured = along_texts(
-        target, target_params, draft, draft_params, inputs, texts, sampling=Sampling(temperature)
-    )
-    np.testing.assert_array_equal(measured.lengths, [3, 5, 1])
+    texts = jnp.array([[6, 3, 1, 0, 0], [2, 11, 0, 9, 4], [1, 0, 0, 0, 0]])  # 0 may be written
+    lengths = jnp.array([3, 5, 1])
+    models = target, target_params, draft, draft_params
+    sampling = Sampling(temperature)
+    measured = along_texts(*models, inputs, texts, lengths, sampling=sampling)
+    np.testing.assert_array_equal(measured.lengths, lengths)
 
     def distribution(model, params):
         logits = np.asarray(score(model, params, inputs, texts), np.float64)
@@ -72,12 +73,11 @@ def test_teacher_forced_acceptance_equals_numpy(encoder_layers, temperature):
 def test_a_draft_with_its_own_sampling():
     model, params = tiny("same", 0)
     inputs, texts = jnp.array([[5, 9]]), jnp.array([[6, 3, 1]])
-    same = along_texts(model, params, model, params, inputs, texts)
+    arguments = model, params, model, params, inputs, texts, jnp.array([3])
+    same = along_texts(*arguments)
     np.testing.assert_allclose(same.overlap, 1, atol=1e-6)
     # a draft that takes its argmax is one-hot: it agrees with p at p's largest entry alone
-    greedy = along_texts(
-        model, params, model, params, inputs, texts, draft_sampling=Sampling(temperature=0)
-    )
+    greedy = along_texts(*arguments, draft_sampling=Sampling(temperature=0))
     largest = np.asarray(jax.nn.softmax(score(model, params, inputs, texts))).max(-1)
     np.testing.assert_allclose(greedy.overlap, largest, rtol=1e-5)
 

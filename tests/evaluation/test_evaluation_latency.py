@@ -88,8 +88,8 @@ def test_race_measures_rates_of_the_same_prompts_after_a_warm_up(clock):
     np.testing.assert_allclose(measured.seconds["plain"], [4, 8, 12, 20])
     assert measured.compile_seconds == {"plain": 100, "fast": 100}
     assert measured.spread == {"plain": 0, "fast": 0}
-    assert measured.tokens_per_second("plain").value == pytest.approx(3 / 4)
-    speedup = measured.speedup("fast", over="plain")
+    assert measured.tokens_per_second(["plain"]).value == pytest.approx(3 / 4)
+    speedup = measured.speedup(["fast"], over=["plain"])
     assert (speedup.value, speedup.low, speedup.high) == pytest.approx([8 / 3] * 3)
 
 
@@ -114,7 +114,7 @@ def test_clock_pairs_prompts():
         spread={"plain": 0.0, "fast": 0.0},
         compile_seconds={"plain": 0.0, "fast": 0.0},
     )
-    speedup = measured.speedup("fast", over="plain")
+    speedup = measured.speedup(["fast"], over=["plain"])
     assert (speedup.value, speedup.low, speedup.high) == pytest.approx((2, 2, 2))
 
 

@@ -6,13 +6,7 @@ import pytest
 import sacrebleu
 
 from distillspec_jax.errors import UserError
-from distillspec_jax.evaluation.quality import (
-    bleu,
-    exact_match_number,
-    final_number,
-    quality,
-    rouge,
-)
+from distillspec_jax.evaluation.quality import final_number, pooled_quality, quality
 
 
 @pytest.mark.parametrize(
@@ -37,7 +31,7 @@ def test_final_number(text, number):
 def test_exact_match_counts_numbers_not_texts():
     references = ["a #### 1,000", "b #### 2", "c #### 3", "d #### 4"]
     predictions = ["x #### 1000.0", "b #### 20", "c 3", "#### 4"]
-    measured = exact_match_number(predictions, references)
+    measured = quality("exact_match_number", predictions, references)
     assert measured.value == 50
     assert 0 < measured.low < 50 < measured.high < 100
     assert measured.n == 4
@@ -52,7 +46,7 @@ def test_rouge_agrees_with_t5(shared_data, kind, mean):
         (folder / name).read_text().splitlines()
         for name in ("prediction_large.txt", "target_large.txt")
     )
-    measured = rouge(predictions, references, kind)
+    measured = quality(kind, predictions, references)
     assert measured.value == pytest.approx(mean, abs=1e-3)
     golden = json.loads((folder / "expected_bootstrap_results.json").read_text())
     assert measured.low < golden[kind] < measured.high
@@ -61,17 +55,17 @@ def test_rouge_agrees_with_t5(shared_data, kind, mean):
 
 def test_rouge_two_by_hand():
     # bigrams: the cat, cat sat | the cat, cat ran: one of two on either side
-    assert rouge(["the cat sat"], ["the cat ran"]).value == pytest.approx(50)
+    assert quality("rouge2", ["the cat sat"], ["the cat ran"]).value == pytest.approx(50)
 
 
 def test_bleu_is_the_corpus_score_of_sacrebleu():
     predictions = ["a quick brown fox jumps.", "two dogs sleep all day long", "It rains in Spain"]
     references = ["a quick brown fox jumped.", "two dogs sleep all the day", "it rains in Spain"]
     expected = sacrebleu.corpus_bleu(predictions, [references], tokenize="intl").score
-    measured = bleu(predictions, references)
+    measured = quality("bleu", predictions, references)
     assert measured.value == pytest.approx(expected, abs=1e-9)
     assert measured.low < measured.value < measured.high
-    assert bleu(references, references).low == pytest.approx(100)
+    assert quality("bleu", references, references).low == pytest.approx(100)
 
 
 def test_quality_by_the_name_of_a_task():
@@ -81,9 +75,19 @@ def test_quality_by_the_name_of_a_task():
     assert quality("bleu", ["a b c d"], ["a b c d"]).value == pytest.approx(100)
 
 
+def test_seeds_are_pooled_over_their_common_prompts():
+    references = ["#### 1", "#### 2", "#### 3", "#### 4", "#### 5"]
+    right, wrong = references, ["#### 9"] * 5
+    measured = pooled_quality("exact_match_number", [right, wrong, wrong], references)
+    assert measured.value == pytest.approx(100 / 3)
+    # which seeds are drawn is all that varies, from only wrong ones to only right ones
+    assert (measured.low, measured.high) == pytest.approx((0, 100))
+    assert measured.n == 5
+
+
 def test_refusals():
-    with pytest.raises(UserError, match="did you mean 'rouge2'"):
-        quality("rouge3", ["a"], ["a"])
+    with pytest.raises(UserError, match="did you mean 'bleu'"):
+        quality("blue", ["a"], ["a"])
     with pytest.raises(UserError, match="got 1 and 2"):
         quality("bleu", ["a"], ["a", "b"])
     with pytest.raises(UserError, match="got 0 and 0"):

@@ -1,0 +1,248 @@
+"""What `evaluate` works with: models that fit each other, prompts, and decoding all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distillspec_jax import zoo
+from distillspec_jax.data import pipeline
+from distillspec_jax.data.examples import take
+from distillspec_jax.data.tasks import Task
+from distillspec_jax.decoding.autoregressive import Generation, autoregressive_sample
+from distillspec_jax.decoding.lenience import Lenience
+from distillspec_jax.decoding.sampling import Sampling
+from distillspec_jax.decoding.speculative import speculative_sample
+from distillspec_jax.decoding.state import SpeculativeOutput, check_pair
+from distillspec_jax.errors import UserError
+from distillspec_jax.evaluation.acceptance import TeacherForced, along_texts
+from distillspec_jax.evaluation.corpus import over_batches
+from distillspec_jax.models.transformer import Params, Transformer
+from distillspec_jax.progress import Progress
+
+if TYPE_CHECKING:
+    from experiments.evaluate import DraftConfig, EvaluateConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model with its parameters and where they are from."""
+
+    path: str
+    model: Transformer
+    params: Params
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+
+def load(path: str, task: Task, *, seed: int = 0) -> Loaded:
+    """Loads a model; `seed` is of a preset's fresh parameters.
+
+    Raises UserError if it does not speak the task's vocabulary.
+    """
+    known = zoo.describe(path).get("vocabulary_fingerprint")
+    if known not in (None, task.vocabulary.fingerprint):
+        raise UserError(
+            f"model '{path}' was trained with another vocabulary than the task's "
+            f"(fingerprints {known[:12]} and {task.vocabulary.fingerprint[:12]})"
+        )
+    model, params = zoo.load(path, seed=seed)
+    if model.config.num_pieces < task.vocabulary.size:
+        raise UserError(
+            f"model '{path}' has {model.config.num_pieces} pieces, the vocabulary of the task has "
+            f"{task.vocabulary.size}; take a model of that vocabulary"
+        )
+    return Loaded(path, model, params)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # itself a key of results; arrays have no hash
+class Draft:
+    """A draft to be measured, one seed of its name."""
+
+    config: DraftConfig
+    loaded: Loaded
+
+    @property
+    def label(self) -> str:
+        return f"{self.config.name}, seed {self.config.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """inputs: [P, S] int32. row_ids: [P], the examples' indices. references: P texts."""
+
+    inputs: np.ndarray
+    row_ids: np.ndarray
+    references: list[str]
+
+
+def read_prompts(task: Task, split: str, count: int) -> Prompts:
+    """The first `count` prompts of a split, in order."""
+    examples = task.examples(split)
+    count = min(count, len(examples))
+    chosen = take(examples, range(count))
+    [batch] = pipeline.eval_batches(
+        chosen,
+        task.vocabulary,
+        batch_size=count,
+        input_length=task.input_length,
+        target_length=task.target_length,
+        truncate=task.truncate,
+    )
+    return Prompts(batch.inputs, batch.example_ids, [example.target for example in chosen])
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One cell of the grid, but for the draft's seed."""
+
+    name: str
+    temperature: float
+    gamma: int
+    lenience: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Everything that stays the same while the settings vary."""
+
+    config: EvaluateConfig
+    task: Task
+    target: Loaded
+    drafts: list[Draft]
+    prompts: Prompts
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.config.max_new_tokens or self.task.target_length
+
+    @property
+    def models(self) -> dict[str, Loaded]:
+        return {"target": self.target, **{draft.label: draft.loaded for draft in self.drafts}}
+
+    @property
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(draft.config.name for draft in self.drafts))
+
+    def seeds(self, name: str) -> list[Draft]:
+        return [draft for draft in self.drafts if draft.config.name == name]
+
+    def sampling(self, temperature: float) -> Sampling:
+        return Sampling(temperature, self.config.top_k, self.config.top_p)
+
+    def weights(self) -> dict[str, list[float]]:
+        """Sum and sum of squares of each model's parameters: other weights, other numbers."""
+        moments = {name: _moments(loaded.params) for name, loaded in self.models.items()}
+        return {name: [float(x) for x in pair] for name, pair in moments.items()}
+
+    def plain(self, temperature: float, row_ids: jax.Array, inputs: jax.Array) -> Generation:
+        """The target decodes a batch alone."""
+        return autoregressive_sample(
+            self.target.model,
+            self.target.params,
+            inputs,
+            jax.random.key(self.config.seed),
+            sampling=self.sampling(temperature),
+            max_new_tokens=self.max_new_tokens,
+            row_ids=row_ids,
+        )
+
+    def speculative(
+        self, draft: Draft, setting: Setting, row_ids: jax.Array, inputs: jax.Array
+    ) -> SpeculativeOutput:
+        """The target decodes a batch with a draft."""
+        lenience = Lenience(self.config.lenience_kind, setting.lenience)
+        return speculative_sample(
+            self.target.model,
+            self.target.params,
+            draft.loaded.model,
+            draft.loaded.params,
+            inputs,
+            jax.random.key(self.config.seed),
+            gamma=setting.gamma,
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling(setting.temperature),
+            verification=self.config.verification,
+            lenience=None if lenience.is_exact else lenience,
+            row_ids=row_ids,
+        )
+
+    def along(self, draft: Draft, temperature: float, *texts: jax.Array) -> dict[str, np.ndarray]:
+        """Acceptance of a draft along the target's texts: inputs, tokens, lengths of a batch."""
+        scored = along_texts(
+            self.target.model,
+            self.target.params,
+            draft.loaded.model,
+            draft.loaded.params,
+            *texts,
+            sampling=self.sampling(temperature),
+        )
+        return dataclasses.asdict(scored)
+
+
+@jax.jit
+def _moments(params: Params) -> jax.Array:
+    leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(params)]
+    sums = jnp.stack([jnp.stack([jnp.sum(x), jnp.sum(x * x)]) for x in leaves])
+    return jnp.sum(sums, axis=0)
+
+
+def open_bench(config: EvaluateConfig, task: Task) -> Bench:
+    """Loads the models and reads the prompts; nothing is written.
+
+    Raises UserError for models that fit neither each other nor the task's vocabulary.
+    """
+    target = load(config.target, task)
+    drafts = [Draft(draft, load(draft.path, task)) for draft in config.drafts]
+    for draft in drafts:
+        check_pair(target.model, draft.loaded.model)
+    prompts = read_prompts(task, config.split, config.num_prompts)
+    return Bench(config, task, target, drafts, prompts)
+
+
+class Runner:
+    """Decodes or scores all prompts of a set in batches, with one progress bar over all of it."""
+
+    def __init__(self, bench: Bench, progress: Progress) -> None:
+        self._bench, self._progress, self._done = bench, progress, 0
+
+    def plain(self, prompts: Prompts, temperature: float) -> Generation:
+        """Texts of the target itself."""
+        return self._over(
+            prompts, functools.partial(self._bench.plain, temperature), prompts.inputs
+        )
+
+    def speculative(self, prompts: Prompts, draft: Draft, setting: Setting) -> SpeculativeOutput:
+        """Texts of the target with the help of a draft."""
+        decode = functools.partial(self._bench.speculative, draft, setting)
+        return self._over(prompts, decode, prompts.inputs)
+
+    def along(
+        self, prompts: Prompts, draft: Draft, temperature: float, texts: Generation
+    ) -> TeacherForced:
+        """Acceptance of a draft along the target's texts."""
+
+        def score(row_ids: jax.Array, *columns: jax.Array) -> dict[str, np.ndarray]:
+            del row_ids
+            return self._bench.along(draft, temperature, *columns)
+
+        columns = prompts.inputs, texts.tokens, texts.lengths
+        return TeacherForced(**self._over(prompts, score, *columns))
+
+    def _over(self, prompts: Prompts, call: Callable[..., Any], *columns: Any) -> Any:
+        before = self._done
+
+        def on_rows(done: int) -> None:
+            self._done = before + done
+            self._progress.update(self._done)
+
+        size = self._bench.config.batch_size
+        return over_batches(call, prompts.row_ids, *columns, batch_size=size, on_rows=on_rows)

@@ -1,0 +1,156 @@
+"""Measures what drafts gain for a target: acceptance, block efficiency, speed and quality.
+
+    python -m experiments.evaluate --config=experiments/configs/evaluate.py --workdir=runs/evaluate
+
+All drafts meet the same prompts with the same randomness, and the clock runs interleaved. The
+block length that is timed is chosen by predicted speed on the tuning split, never on the prompts
+of the claim. Started again with the same config and weights it keeps the figures it has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from distillspec_jax.data import tasks
+from distillspec_jax.data.tasks import TaskConfig
+from distillspec_jax.decoding.lenience import KINDS
+from distillspec_jax.decoding.verification import RULES
+from distillspec_jax.errors import UserError, unknown_name
+from experiments import door, measuring
+from experiments.bench import Bench, open_bench
+from experiments.workdir import SUMMARY, Workdir
+
+METRICS = "metrics.jsonl"
+FIGURES = ("acceptance_rate", "block_efficiency", "speedup_wall_clock", "quality")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DraftConfig:
+    """A draft to measure; drafts of one name are seeds of it and are pooled."""
+
+    name: str
+    path: str  # as `zoo.load` takes it
+    seed: int = 0  # that it was trained with
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What is measured; every list is a dimension of the grid."""
+
+    target: str
+    drafts: tuple[DraftConfig, ...]  # the last name is the headline, the others are its baselines
+    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
+    split: str = "test"
+    num_prompts: int = 500
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    gammas: tuple[int, ...] = (7,)
+    lenience: tuple[float, ...] = (1.0,)  # 1 is lossless; others are measured at T > 0
+    lenience_kind: str = "exponential"
+    verification: str = "token"
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 0  # 0: the task's target length
+    batch_size: int = 64  # of decoding for acceptance
+    seed: int = 0  # of sampling
+    tune: bool = True  # also measure the gamma that predicts the highest speed
+    tuning_split: str = "tuning"
+    num_tuning_prompts: int = 200
+    gamma_grid: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 10)  # what is predicted and tuned over
+    timed_prompts: int = 50  # 0: no clock
+    timed_batch_sizes: tuple[int, ...] = (1,)
+    timed_repeats: int = 3
+
+    def __post_init__(self) -> None:
+        for field in ("drafts", "temperatures", "gammas", "lenience", "gamma_grid"):
+            if not getattr(self, field):
+                raise UserError(f"config.{field} is empty, must have at least one entry")
+        for field in ("num_prompts", "batch_size", "num_tuning_prompts", "timed_repeats"):
+            _at_least(1, f"config.{field}", [getattr(self, field)])
+        for field in ("gammas", "gamma_grid", "timed_batch_sizes"):
+            _at_least(1, f"config.{field}", getattr(self, field))
+        _at_least(0, "config.timed_prompts", [self.timed_prompts])
+        if self.verification not in RULES:
+            raise unknown_name("verification", self.verification, RULES, "the config")
+        if self.lenience_kind not in KINDS:
+            raise unknown_name("lenience_kind", self.lenience_kind, KINDS, "the config")
+        seen = [(draft.name, draft.seed) for draft in self.drafts]
+        if len(set(seen)) < len(seen):
+            raise UserError("config.drafts names a draft twice with one seed; give each its seed")
+        counts = {sum(name == other for other, _ in seen) for name, _ in seen}
+        if len(counts - {1}) > 1:
+            raise UserError("config.drafts has names with different numbers of seeds; 1 or all")
+
+
+def _at_least(least: int, key: str, values: Iterable[int]) -> None:
+    for value in values:
+        if value < least:
+            raise UserError(f"{key} is {value}, must be at least {least}")
+
+
+def main(config: EvaluateConfig, workdir: Path) -> None:
+    task = tasks.load_task(config.task)
+    bench = open_bench(config, task)
+    run = Workdir(workdir, "evaluate", config)
+    _announce(bench)
+    weights = bench.weights()
+    summary = _kept(run.path, weights)
+    if summary is None:
+        results = measuring.measure(bench)
+        summary = {**results.summary(), "weights": weights}
+        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in results.records)
+        (run.path / METRICS).write_text(lines, "utf-8")
+        run.write_summary(summary, seed=config.seed)
+    else:
+        print(f"kept: {run.path / SUMMARY} has these figures already; remove it to measure again")
+    _say(summary, run.path)
+
+
+def _kept(path: Path, weights: dict[str, Any]) -> dict[str, Any] | None:
+    """The summary that is there, if it was measured with the same weights."""
+    try:
+        summary = json.loads((path / SUMMARY).read_text("utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return summary if summary.get("weights") == weights else None
+
+
+def _announce(bench: Bench) -> None:
+    config = bench.config
+    print(f"evaluate: {len(bench.prompts.row_ids)} prompts of {bench.task.name}/{config.split}")
+    for role, loaded in bench.models.items():
+        print(f"  {role}: {loaded.path}, {loaded.num_parameters:,} parameters")
+    grid = {"temperature": config.temperatures, "gamma": config.gammas, "lenience": config.lenience}
+    print("  " + ", ".join(f"{name} {_list(values)}" for name, values in grid.items()))
+    devices = jax.devices()
+    print(f"  devices: {len(devices)} x {devices[0].device_kind}", flush=True)
+
+
+def _list(values: Iterable[float]) -> str:
+    return " ".join(f"{value:g}" for value in values)
+
+
+def _say(summary: dict[str, Any], path: Path) -> None:
+    for row in summary["pooled"]:
+        label = f"{row['name']}, T = {row['temperature']:g}, gamma {row['gamma']}"
+        if not row["lossless"]:
+            label += f", lenience {row['lenience']:g}"
+        if row.get("batch_size", 1) != 1:
+            label += f", batch {row['batch_size']}"
+        figures = [_figure(row, key) for key in FIGURES if row.get(key) is not None]
+        print(f"{label}: {', '.join(figures)}")
+    print(f"files: {path} ({SUMMARY}, {METRICS}, config.json)")
+
+
+def _figure(row: dict[str, Any], key: str) -> str:
+    low, high = row[f"{key}_ci95"]
+    return f"{key} {row[key]:.3g} [{low:.3g}, {high:.3g}]"
+
+
+if __name__ == "__main__":
+    door.run(main, EvaluateConfig)

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Runs every check of the project: ruff, mypy, pytest. Makes the environment first.
+#
+#   bash launch/test.sh [--slow] [--peers] [--python 3.11|3.12] [pytest arguments]
+#
+#   --slow    also the long checks
+#   --peers   also the checks against torch, transformers and trl (installs them)
+#   --python  the version to test with, in an environment of its own
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/environment.sh
+
+extra=dev version='' arguments=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --peers) extra=dev,peers ;;
+    --python)
+      version=${2:?--python needs a version}
+      shift
+      ;;
+    -h | --help)
+      sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+      exit 0
+      ;;
+    *) arguments+=("$1") ;;
+  esac
+  shift
+done
+make_environment "$extra" "$version"
+
+status=0
+"$python" -m ruff check . || status=1
+"$python" -m mypy || status=1
+"$python" -m pytest "${arguments[@]}" || status=$?
+exit "$status"
