@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from distillspec_jax.decoding import keys
 from distillspec_jax.decoding.autoregressive import generate
 from distillspec_jax.decoding.sampling import Sampling, draw
+from distillspec_jax.decoding.speculative import speculate
+from distillspec_jax.decoding.state import Speculation
 from distillspec_jax.distill.recipes import Recipe
 from distillspec_jax.models.cache import Cache
 from distillspec_jax.models.transformer import Params, Transformer, extend, start
@@ -127,7 +129,16 @@ def _writers(
         )
 
     def from_teacher(draft_params, target_params, inputs, key, row_ids):
-        return plain(target, target_params, inputs, key, row_ids)
+        if recipe.teacher_gamma == 0:
+            return plain(target, target_params, inputs, key, row_ids)
+        speculation = Speculation(
+            target=target,
+            draft=draft,
+            gamma=recipe.teacher_gamma,
+            max_new_tokens=length,
+            sampling=sampling,
+        )
+        return speculate(speculation, target_params, draft_params, inputs, key, row_ids).tokens
 
     return {"draft": from_draft, "teacher": from_teacher}
 

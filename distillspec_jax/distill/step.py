@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from distillspec_jax.decoding.state import check_pair
 from distillspec_jax.distill import data_sources, divergences, losses
 from distillspec_jax.distill.recipes import Recipe
 from distillspec_jax.errors import UserError
@@ -87,7 +88,7 @@ def make_rollout(
 
     Traceable; the batch comes back with the recipe's text as its targets.
     """
-    check_pair(draft, target)
+    check_pair(target, draft)
     write = data_sources.make_source(draft, target, recipe, rollout_length=rollout_length)
 
     def rollout(state, target_params, batch):
@@ -120,7 +121,7 @@ def make_update(
 
     Traceable; scores `batch.targets` with both models and updates the draft.
     """
-    check_pair(draft, target)
+    check_pair(target, draft)
 
     def update(state, target_params, batch, reference_params=None):
         if (reference_params is None) == recipe.needs_reference:
@@ -136,17 +137,6 @@ def make_update(
         return _update(state, batch, key, loss_sum, optimizer, micro_batches)
 
     return update
-
-
-def check_pair(draft: Transformer, target: Transformer) -> None:
-    """Refuses a draft and a target that do not speak of the same ids."""
-    for field in ("num_pieces", "pad_id", "eos_id"):
-        ours, theirs = getattr(draft.config, field), getattr(target.config, field)
-        if ours != theirs:
-            raise UserError(
-                f"draft '{draft.config.name}' and target '{target.config.name}' differ in "
-                f"{field} ({ours} and {theirs}); they must share one vocabulary"
-            )
 
 
 def likelihood_loss(
