@@ -41,7 +41,7 @@ def run(main: Callable[[Any, Path], int | None], config_class: type) -> None:
     """Parses the flags into a `config_class`, calls `main(config, workdir)` and leaves.
 
     A UserError is printed as one sentence, exit code 2; a number that `main` returns is the
-    exit code.
+    exit code. A class whose fields all have defaults needs no --config.
     """
 
     def parse(argv: Sequence[str]) -> list[str]:
@@ -51,7 +51,7 @@ def run(main: Callable[[Any, Path], int | None], config_class: type) -> None:
         del argv
         _enable_compilation_cache()
         absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs each save, and errors it raises
-        config = _or_exit(lambda: to_dataclass(config_class, _CONFIG.value, "config"))
+        config = _or_exit(lambda: to_dataclass(config_class, _CONFIG.value or {}, "config"))
         sys.exit(_or_exit(lambda: main(config, Path(str(_WORKDIR.value)).absolute())))
 
     app.run(start, flags_parser=parse)
@@ -80,9 +80,13 @@ def _parse_flags(argv: Sequence[str], config_class: type) -> list[str]:
         if isinstance(error.__context__, UserError):  # absl wraps what a parser raises
             raise error.__context__ from None
         raise UserError(f"bad flags: {' '.join(str(error).split())}") from error
-    for name, holder in (("--config=FILE.py", _CONFIG), ("--workdir=FOLDER", _WORKDIR)):
-        if not holder.value:
-            raise UserError(f"{name} is missing; see --help")
+    needs_config = any(
+        _default(field, None) is dataclasses.MISSING for field in dataclasses.fields(config_class)
+    )
+    if needs_config and not _CONFIG.value:
+        raise UserError("--config=FILE.py is missing; see --help")
+    if not _WORKDIR.value:
+        raise UserError("--workdir=FOLDER is missing; see --help")
     if len(rest) > 1:
         raise UserError(f"'{rest[1]}' is not a flag; flags are --config, --config.KEY, --workdir")
     return rest

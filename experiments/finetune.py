@@ -12,15 +12,15 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from distillspec_jax import zoo
 from distillspec_jax.data.tasks import Task, load_task
 from distillspec_jax.distill.step import make_finetune_step
 from distillspec_jax.models.transformer import Transformer
-from distillspec_jax.training.loop import LoopConfig, train
+from distillspec_jax.training.loop import Hooks, LoopConfig, train
 from distillspec_jax.training.optimizers import make_optimizer, make_schedule
 from distillspec_jax.training.state import TrainState
 from distillspec_jax.training.validation import make_likelihood
 from experiments import door, parts
+from experiments.bench import load
 from experiments.watching import make_quality
 
 
@@ -39,14 +39,15 @@ class FinetuneConfig(parts.TrainingConfig):
 
 def main(config: FinetuneConfig, workdir: Path) -> int | None:
     task = load_task(config.task)
-    model, params = zoo.load(config.model, seed=config.seed)
-    parts.check_vocabulary(config.model, model, task)
+    parts.check_references(task, config)
+    loaded = load(config.model, task, seed=config.seed)
+    model = loaded.model
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = TrainState.create(
-        params, optimizer, seed=config.seed, average_decay=config.average_decay
+        loaded.params, optimizer, seed=config.seed, average_decay=config.average_decay
     )
-    run = parts.open_run(workdir, "finetune", config, model, task)
-    parts.announce("finetune", {"model": (model, params)}, task, config)
+    run = parts.open_run(workdir, "finetune", config, task, loaded)
+    parts.announce("finetune", config, task, state, {"model": loaded})
     step = make_finetune_step(
         model,
         optimizer,
@@ -62,11 +63,13 @@ def main(config: FinetuneConfig, workdir: Path) -> int | None:
         steps=config.steps,
         checkpoints=run.checkpoints,
         writer_of=run.writer_of,
-        evaluate=_make_evaluate(config, model, task),
-        learning_rate=make_schedule(config.optimizer, config.steps),
+        hooks=Hooks(
+            evaluate=_make_evaluate(config, model, task),
+            learning_rate=make_schedule(config.optimizer, config.steps),
+        ),
         name="finetune",
     )
-    return run.close(result, seed=config.seed)
+    return run.close(result, seed=config.seed, figures={})
 
 
 def _make_evaluate(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,13 @@ from distillspec_jax.data.batch import Batch
 from distillspec_jax.data.examples import take
 from distillspec_jax.data.tasks import Task, TaskConfig
 from distillspec_jax.errors import UserError
-from distillspec_jax.models.transformer import Transformer
 from distillspec_jax.training.checkpoints import Checkpoints
 from distillspec_jax.training.loop import LoopConfig, Result
 from distillspec_jax.training.metrics import MetricsWriter
 from distillspec_jax.training.optimizers import OptimizerConfig
+from distillspec_jax.training.state import TrainState
 from experiments import door
+from experiments.bench import Loaded
 from experiments.workdir import Workdir
 
 
@@ -87,13 +87,12 @@ def validation_batches(
     )
 
 
-def check_vocabulary(name: str, model: Transformer, task: Task) -> None:
-    """Refuses a model whose output has no row for some piece of the task's vocabulary."""
-    pieces, size = model.config.num_pieces, task.vocabulary.size
-    if pieces < size:
+def check_references(task: Task, config: TrainingConfig) -> None:
+    """Refuses prompts without references where references are learnt from."""
+    if not task.examples(config.train_split)[0].target:
         raise UserError(
-            f"model '{name}' has {pieces} pieces, the vocabulary of the task has {size}; "
-            "take a model of that vocabulary"
+            f"the split '{config.train_split}' of task '{task.name}' has no references to learn "
+            "from; name their field (config.task.target_field), or distil on samples"
         )
 
 
@@ -107,39 +106,45 @@ class Run:
     def writer_of(self, resumed_step: int) -> MetricsWriter:
         return MetricsWriter(self.workdir.path, resumed_step=resumed_step)
 
-    def close(
-        self, result: Result, *, seed: int, figures: Mapping[str, Any] | None = None
-    ) -> int | None:
-        """Writes the summary and says the headline; returns the exit code."""
-        path = self.workdir.path
+    def close(self, result: Result, *, seed: int, figures: Mapping[str, Any]) -> int | None:
+        """Writes the summary with some more `figures`, says the headline, returns the exit code."""
         self.checkpoints.close()
-        step = int(result.state.step)
+        step, memory = int(result.state.step), result.memory
         if result.ended == "signal":
             print(f"stopped at step {step}, all saved; the same command goes on from there")
             return door.STOPPED
-        memory = result.memory
-        headline = dict(figures or memory.best_evaluation or memory.evaluation)
+        headline = memory.best_evaluation or memory.evaluation
         summary = {
+            **headline,
+            **{_before(key): value for key, value in memory.first_evaluation.items()},
+            **figures,
             "steps": step,
             "ended": result.ended,
             "train_seconds": round(memory.seconds, 2),
             "best_step": memory.best_step if memory.best_evaluation else step,
-            **headline,
         }
         file = self.workdir.write_summary(summary, seed=seed)
-        print(f"weights: of step {summary['best_step']}")
+        print(f"weights of step {summary['best_step']} ({result.ended} at step {step}):")
         for key, value in headline.items():
-            print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
-        print(f"files: {path} (checkpoints, metrics.jsonl, tensorboard, {file.name})")
+            if isinstance(value, float):
+                print(f"  {key}: {value:.4g} (before: {memory.first_evaluation[key]:.4g})")
+        print(f"files: {self.workdir.path} (checkpoints, metrics.jsonl, tensorboard, {file.name})")
         return None
 
 
-def open_run(workdir: Path, experiment: str, config: TrainingConfig, model: Any, task: Task) -> Run:
-    """Opens the workdir of a training run; config needs `optimizer` and `loop`."""
+def _before(key: str) -> str:
+    stem, interval, _ = key.partition("_ci95")
+    return f"{stem}_before{interval}"
+
+
+def open_run(
+    workdir: Path, experiment: str, config: TrainingConfig, task: Task, trained: Loaded
+) -> Run:
+    """Opens the workdir of a training run."""
     may_change = () if config.optimizer.depends_on_steps else ("steps",)
     opened = Workdir(workdir, experiment, config, may_change=may_change)
     description = {
-        "model": dataclasses.asdict(model.config),
+        "model": dataclasses.asdict(trained.model.config),
         "vocabulary_fingerprint": task.vocabulary.fingerprint,
         "optimizer": dataclasses.asdict(config.optimizer),
         "experiment": experiment,
@@ -149,15 +154,16 @@ def open_run(workdir: Path, experiment: str, config: TrainingConfig, model: Any,
 
 
 def announce(
-    name: str, models: Mapping[str, tuple[Any, Any]], task: Task, config: TrainingConfig
+    name: str, config: TrainingConfig, task: Task, state: TrainState, models: Mapping[str, Loaded]
 ) -> None:
-    """Says what is about to happen: models, parameters, devices, data, memory."""
-    total = 0
-    print(f"{name}: {config.steps} steps, seed {config.seed}")
-    for role, (model, params) in models.items():
-        count = sum(leaf.size for leaf in jax.tree.leaves(params))
-        total += sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-        print(f"  {role}: {model.config.name}, {count:,} parameters, {model.config.dtype}")
+    """Says what is about to happen: models, parameters, devices, data, memory.
+
+    `models` are by role, the trained one first.
+    """
+    print(f"{name}: {config.steps:,} steps, seed {config.seed}")
+    for role, loaded in models.items():
+        dtype = loaded.model.config.dtype
+        print(f"  {role}: {loaded.path}, {loaded.num_parameters:,} parameters, {dtype}")
     devices = jax.devices()
     print(f"  devices: {len(devices)} x {devices[0].device_kind}")
     print(
@@ -165,5 +171,10 @@ def announce(
         f"{config.batch_size}, up to {task.input_length} + {task.target_length} tokens, vocabulary "
         f"of {task.vocabulary.size}"
     )
-    print(f"  memory: about {total * 4 / 2**20:,.0f} MiB of weights, gradients and optimiser state")
-    sys.stdout.flush()
+    _, *frozen = (loaded.params for loaded in models.values())
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves((state, state.params, frozen)))
+    print(
+        f"  memory: {held / 2**20:,.0f} MiB of weights, optimiser state and gradients, without "
+        "activations",
+        flush=True,
+    )

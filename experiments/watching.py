@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from distillspec_jax.data.batch import Batch
 from distillspec_jax.data.tasks import Task
 from distillspec_jax.decoding.autoregressive import autoregressive_sample
 from distillspec_jax.decoding.sampling import Sampling
+from distillspec_jax.decoding.speculative import speculative_sample
+from distillspec_jax.errors import UserError
+from distillspec_jax.evaluation.intervals import ratio
 from distillspec_jax.evaluation.quality import quality
 from distillspec_jax.models.transformer import Transformer
+from experiments.bench import Loaded
 
-Watch = Callable[[Any], dict[str, float]]  # params -> figures
+MEAN = "block_efficiency_mean"  # over the temperatures: what the best draft is chosen by
+
+Watch = Callable[[Any], dict[str, Any]]  # params -> figures
 
 
 def make_quality(model: Transformer, task: Task, batches: Sequence[Batch]) -> Watch:
@@ -47,5 +55,70 @@ def make_quality(model: Transformer, task: Task, batches: Sequence[Batch]) -> Wa
             answers += texts(output.tokens, kept)
         score = quality(task.metric, answers, references)
         return {} if score is None else {"quality": score.value}
+
+    return watch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """How the draft is tried out by the real decoder, on prompts of the validation split."""
+
+    num_prompts: int = 200
+    batch_size: int = 50
+    gamma: int = 7
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        for field in ("num_prompts", "batch_size", "gamma"):
+            if getattr(self, field) < 1:
+                raise UserError(f"decoder.{field} is {getattr(self, field)}, must be at least 1")
+        if not self.temperatures or min(self.temperatures) < 0:
+            raise UserError("decoder.temperatures must name at least one, none below 0")
+
+
+def make_decoding(
+    target: Loaded,
+    draft: Transformer,
+    batches: Sequence[Batch],
+    config: DecoderConfig,
+    *,
+    max_new_tokens: int,
+    seed: int,
+) -> Watch:
+    """Returns draft params -> tau and alpha at each temperature, by speculative decoding.
+
+    Keys `block_efficiency_t0`, `acceptance_rate_t0` and so on, each with `_ci95`, and MEAN. The
+    random numbers are the same in every call: two drafts are compared on equal terms.
+    """
+    rng = jax.random.fold_in(jax.random.key(seed), 0x7A0)
+
+    def at_temperature(params: Any, temperature: float) -> np.ndarray:
+        counts = []  # per batch [4, B]
+        for batch in batches:
+            output = speculative_sample(
+                target.model,
+                target.params,
+                draft,
+                params,
+                batch.inputs,
+                rng,
+                gamma=config.gamma,
+                max_new_tokens=max_new_tokens,
+                sampling=Sampling(temperature=temperature),
+                row_ids=batch.example_ids,
+            )
+            s = output.statistics
+            counts.append(np.stack([s.emitted, s.target_calls, s.accepted, s.tested]))
+        rows = np.concatenate(counts, axis=1)
+        return rows[:, np.concatenate([batch.example_ids for batch in batches]) >= 0]
+
+    def watch(params: Any) -> dict[str, Any]:
+        figures: dict[str, Any] = {}
+        for temperature in config.temperatures:
+            emitted, calls, accepted, tested = at_temperature(params, temperature)
+            figures |= ratio(emitted, calls).keys(f"block_efficiency_t{temperature:g}")
+            figures |= ratio(accepted, tested).keys(f"acceptance_rate_t{temperature:g}")
+        taus = [figures[f"block_efficiency_t{each:g}"] for each in config.temperatures]
+        return {MEAN: float(np.mean(taus)), **figures}
 
     return watch

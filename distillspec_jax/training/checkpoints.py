@@ -137,7 +137,7 @@ class Checkpoints:
         """Turns what a full or broken disk makes Orbax raise, now or behind, into one sentence."""
         try:
             yield
-        except Exception as error:
+        except (OSError, ValueError) as error:  # TensorStore's are ValueError
             whole = sorted(int(p.name) for p in self._folder.glob("*") if p.name.isdigit())
             kept = f"the one of step {whole[-1]} is whole" if whole else "there is none before it"
             raise UserError(

@@ -35,6 +35,9 @@ class Batch(Protocol):
 StepFn = Callable[[TrainState, Any], tuple[TrainState, dict[str, tuple[jax.Array, jax.Array]]]]
 
 
+Figures = dict[str, Any]  # numbers, and [low, high] of their intervals
+
+
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
     """When to log, evaluate, save and stop; all intervals in steps, 0 means never."""
@@ -67,10 +70,11 @@ class Memory:
 
     best_step: int = -1
     best_value: float | None = None
-    best_evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
+    best_evaluation: Figures = dataclasses.field(default_factory=dict)
     evaluations_since_best: int = 0
     evaluated_step: int = -1
-    evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
+    first_evaluation: Figures = dataclasses.field(default_factory=dict)
+    evaluation: Figures = dataclasses.field(default_factory=dict)
     window: dict[str, list[float]] = dataclasses.field(default_factory=dict)  # sum, count
     window_seconds: float = 0.0
     seconds: float = 0.0  # spent in steps, all starts together
@@ -88,6 +92,26 @@ class Result:
     memory: Memory
 
 
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """What a run does beside its steps.
+
+    evaluate: state -> figures (floats, and [low, high] for intervals); called before the first
+      step, every `evaluate_every`, at the end.
+    learning_rate: step -> rate, only to log it.
+    notice: figures of a training record -> a line to say, if something is wrong with them.
+    place: puts a batch on the devices.
+    """
+
+    evaluate: Callable[[TrainState], Figures] | None = None
+    learning_rate: Callable[[int], Any] | None = None
+    notice: Callable[[Figures], str | None] | None = None
+    place: Callable[[Any], Any] = jax.device_put
+
+
+NO_HOOKS = Hooks()
+
+
 def train(
     step_fn: StepFn,
     state: TrainState,
@@ -97,9 +121,7 @@ def train(
     steps: int,
     checkpoints: Checkpoints,
     writer_of: Callable[[int], MetricsWriter],
-    evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
-    learning_rate: Callable[[int], Any] | None = None,
-    place: Callable[[Any], Any] = jax.device_put,
+    hooks: Hooks = NO_HOOKS,
     name: str = "train",
 ) -> Result:
     """Runs `step_fn` until `steps` steps are taken, from the newest checkpoint if there is one.
@@ -109,9 +131,8 @@ def train(
       state: the state before the first step (its structure also shapes what is restored).
       batches: step -> iterator of the batches of that step and the following ones.
       writer_of: resumed step -> writer of the records (-1: a new run).
-      evaluate: state -> figures; called before the first step, every `evaluate_every`, at the end.
-      learning_rate: step -> rate, only to log it.
-      place: puts a batch on the devices.
+      hooks: what to do between steps.
+      name: of the run, in what is printed.
 
     While a step runs, the metrics of the step before are read: the host never waits for the
     newest step, except before an evaluation and a save.
@@ -132,12 +153,12 @@ def train(
     ):
         if resumed >= 0:
             progress.say(f"{name}: goes on from the checkpoint of step {resumed}")
-        loop = _Loop(config, memory, writer, progress, checkpoints, learning_rate, evaluate)
+        loop = _Loop(config, memory, writer, progress, checkpoints, hooks)
         loop.between_steps(state, step, last=step >= steps)
         stream = batches(step) if step < steps else iter(())
         while step < steps and not stop.asked and not loop.is_stale:
             batch = _next(stream, step)
-            state, metrics = step_fn(state, place(batch))
+            state, metrics = step_fn(state, hooks.place(batch))
             step += 1
             loop.took_step(step, batch, metrics, state)
             loop.between_steps(state, step, last=step >= steps)
@@ -163,12 +184,11 @@ class _Loop:
         writer: MetricsWriter,
         progress: Progress,
         checkpoints: Checkpoints,
-        learning_rate: Callable[[int], Any] | None,
-        evaluate: Callable[[TrainState], Mapping[str, float]] | None,
+        hooks: Hooks,
     ) -> None:
         self.memory, self._progress = memory, progress
         self._config, self._writer, self._checkpoints = config, writer, checkpoints
-        self._learning_rate, self._evaluate = learning_rate, evaluate
+        self._hooks = hooks
         self._pending: tuple[int, Any, Any] | None = None
         self._recent: deque[tuple[int, list[int]]] = deque(maxlen=config.max_skipped)
         self._clock = time.perf_counter()
@@ -190,7 +210,7 @@ class _Loop:
         """Evaluates and saves if it is time to."""
         is_best = False
         every = self._config.evaluate_every
-        if self._evaluate and (last or step == 0 or (every and step % every == 0)):
+        if self._hooks.evaluate and (last or step == 0 or (every and step % every == 0)):
             is_best = self._evaluate_now(state, step)
         every = self._config.save_every
         if last or is_best or (every and step and step % every == 0):
@@ -237,9 +257,12 @@ class _Loop:
             values["tokens_per_second"] = memory.window[TOKENS][0] / memory.window_seconds
         values["seconds"] = memory.seconds
         values["skipped_updates"] = skipped
-        if self._learning_rate is not None:
-            values["learning_rate"] = float(self._learning_rate(step - 1))
+        if self._hooks.learning_rate is not None:
+            values["learning_rate"] = float(self._hooks.learning_rate(step - 1))
         self._writer.write("train", step, values)
+        line = self._hooks.notice(values) if self._hooks.notice else None
+        if line:
+            self._progress.say(f"step {step}: {line}")
         memory.window, memory.window_seconds = {}, 0.0
 
     def _status(self, metrics: Mapping[str, Any]) -> str:
@@ -272,16 +295,18 @@ class _Loop:
         if memory.evaluated_step == step:
             return memory.best_step == step
         self._flush()
-        assert self._evaluate is not None
-        values = {key: float(value) for key, value in self._evaluate(state).items()}
+        assert self._hooks.evaluate is not None
+        values = {key: _plain(value) for key, value in self._hooks.evaluate(state).items()}
         self._writer.write("eval", step, values)
-        figures = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+        numbers = {key: value for key, value in values.items() if isinstance(value, float)}
+        figures = ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
         self._progress.say(f"step {step}: {figures}")
         memory.evaluated_step, memory.evaluation = step, values
+        memory.first_evaluation = memory.first_evaluation or values
         self._clock = time.perf_counter()
         return self._is_new_best(step, values)
 
-    def _is_new_best(self, step: int, values: Mapping[str, float]) -> bool:
+    def _is_new_best(self, step: int, values: Figures) -> bool:
         name = self._config.best_metric
         if not name:
             return False
@@ -299,6 +324,11 @@ class _Loop:
         else:
             memory.evaluations_since_best += 1
         return is_best
+
+
+def _plain(value: Any) -> float | list[float]:
+    """What JSON can hold, of a number or an interval of any library."""
+    return [float(each) for each in value] if np.ndim(value) else float(value)
 
 
 @jax.jit

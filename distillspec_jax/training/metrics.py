@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import tensorboardX
 
@@ -19,7 +20,8 @@ class MetricsWriter:
     """Appends records to `<workdir>/metrics.jsonl` and to event files in `<workdir>/tensorboard`.
 
     One JSON object a line: `step`, `kind` ("train" or "eval"), `wall_time` (seconds since 1970)
-    and the values. A value that is not finite becomes null: JSON has no NaN.
+    and the values, numbers or intervals [low, high]; intervals are not in the event files. A
+    number that is not finite becomes null: JSON has no NaN.
     """
 
     def __init__(self, workdir: Path, *, resumed_step: int = -1) -> None:
@@ -37,12 +39,14 @@ class MetricsWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        record = {"step": step, "kind": kind, "wall_time": time.time()}
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        record: dict[str, Any] = {"step": step, "kind": kind, "wall_time": time.time()}
         record |= {name: _finite(value) for name, value in values.items()}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         for name, value in values.items():
+            if isinstance(value, list):
+                continue
             self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
@@ -67,5 +71,7 @@ def _is_record_until(line: str, step: int) -> bool:
         return False
 
 
-def _finite(value: float) -> float | None:
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
     return float(value) if math.isfinite(value) else None

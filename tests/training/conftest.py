@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from distillspec_jax.training.checkpoints import Checkpoints
-from distillspec_jax.training.loop import LoopConfig, train
+from distillspec_jax.training.loop import Hooks, LoopConfig, train
 from distillspec_jax.training.metrics import MetricsWriter
 from distillspec_jax.training.optimizers import OptimizerConfig, make_optimizer
 from distillspec_jax.training.state import TrainState
@@ -32,6 +32,7 @@ class Toy:
         self.optimizer = make_optimizer(OPTIMIZER, 100)
         self.average_decay = average_decay
         self.bad_steps = ()
+        self.notice = None
         self.batches = batches
         self.hook = lambda step: None
         self._step = jax.jit(self._traced_step, donate_argnums=0)
@@ -61,7 +62,7 @@ class Toy:
         return self._step(state, batch, step in self.bad_steps)
 
     def evaluate(self, state):
-        return {"size": float(jnp.sum(state.best_params["w"] ** 2)), "step": int(state.step)}
+        return {"size": float(jnp.sum(state.best_params["w"] ** 2)), "at": float(state.step)}
 
     def checkpoints(self, **fields):
         return Checkpoints(self.workdir, DESCRIPTION | fields)
@@ -77,8 +78,11 @@ class Toy:
                 steps=steps,
                 checkpoints=checkpoints,
                 writer_of=lambda step: MetricsWriter(self.workdir, resumed_step=step),
-                evaluate=(self.evaluate if evaluate is True else evaluate) or None,
-                place=lambda batch: jax.device_put(batch.x),
+                hooks=Hooks(
+                    evaluate=(self.evaluate if evaluate is True else evaluate) or None,
+                    notice=self.notice,
+                    place=lambda batch: jax.device_put(batch.x),
+                ),
             )
         finally:
             checkpoints.close()

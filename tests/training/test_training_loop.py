@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from distillspec_jax.errors import UserError
-from distillspec_jax.training.loop import LoopConfig, Memory, _Loop
+from distillspec_jax.training.loop import NO_HOOKS, LoopConfig, Memory, _Loop
 
 CLOCKS = ("wall_time", "seconds", "tokens_per_second")
 
@@ -62,6 +62,7 @@ def test_evaluates_first_every_so_often_and_last(make_toy):
     toy = make_toy()
     toy.run(steps=13, evaluate_every=5)
     assert [r["step"] for r in records(toy, "eval")] == [0, 5, 10, 13]
+    assert [r["at"] for r in records(toy, "eval")] == [0, 5, 10, 13]
     assert records(toy, "eval")[0]["size"] == 15.0
 
 
@@ -89,7 +90,7 @@ def test_reads_a_step_only_after_the_next_one_has_started(tmp_path):
     class NoIds:
         example_ids = ()
 
-    loop = _Loop(LoopConfig(log_every=0), Memory(), Silent(), Silent(), Silent(), None, None)
+    loop = _Loop(LoopConfig(log_every=0), Memory(), Silent(), Silent(), Silent(), NO_HOOKS)
     for step in (1, 2, 3):
         loop.took_step(step, NoIds, {"loss": (Recorded(step), jnp.float32(1))}, State)
     firsts = [event for n, event in enumerate(order) if event not in order[:n]]
@@ -214,6 +215,13 @@ def test_many_bad_gradients_in_a_row_stop_and_say_where(make_toy):
     words = r"3 steps in a row, 8 to 10 \(examples of step 10: \[63, 64, 65, 66, 67, 68, 69\]\)"
     with pytest.raises(UserError, match=words):
         toy.run(max_skipped=3)
+
+
+def test_notices_are_said(make_toy, capsys):
+    toy = make_toy()
+    toy.notice = lambda figures: "too long" if figures["target_length"] > 2 else None
+    toy.run(steps=4, evaluate=False)
+    assert "step 3: too long" in capsys.readouterr().err
 
 
 def test_end_of_data_is_told(make_toy):

@@ -1,0 +1,218 @@
+"""The door: configs become dataclasses, and bad input becomes one sentence and exit code 2."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from absl import flags
+from ml_collections import ConfigDict
+
+from distillspec_jax.errors import UserError
+from experiments import door
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    rate: float = 0.1
+    name: str = "a"
+    sizes: tuple[int, ...] = (1, 2)
+    limit: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    steps: int
+    inner: Inner = dataclasses.field(default_factory=lambda: Inner(name="of the outer"))
+    others: tuple[Inner, ...] = ()
+    pair: tuple[int, float] = (1, 2.0)
+    flag: bool = False
+
+
+def convert(**values):
+    return door.to_dataclass(Outer, ConfigDict(values), "config")
+
+
+def test_nested_values_lists_and_defaults():
+    found = convert(steps=3, inner={"rate": 1, "sizes": [5]}, others=({"name": "b"}, {"limit": 7}))
+    assert found == Outer(
+        3, Inner(1.0, "of the outer", (5,)), others=(Inner(name="b"), Inner(limit=7))
+    )
+    assert isinstance(found.inner.rate, float)
+
+
+def test_a_section_left_out_is_the_default():
+    assert convert(steps=3).inner == Inner(name="of the outer")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"stesp": 3}, r"unknown config key 'config\.stesp'; did you mean 'config\.steps'"),
+        ({"steps": 3, "inner": {"raet": 1}}, r"'config\.inner\.raet'.*'config\.inner\.rate'"),
+        ({}, r"'config\.steps' is missing"),
+        ({"steps": 3.5}, r"'config\.steps' is 3\.5, must be int"),
+        ({"steps": True}, r"'config\.steps' is True, must be int"),
+        ({"steps": "3"}, r"'config\.steps' is '3', must be int"),
+        ({"steps": 3, "flag": 1}, r"'config\.flag' is 1, must be bool"),
+        ({"steps": 3, "inner": 5}, r"'config\.inner' is 5, must be a section"),
+        ({"steps": 3, "inner": {"rate": "fast"}}, r"'config\.inner\.rate' is 'fast'"),
+        ({"steps": 3, "inner": {"sizes": (1, "x")}}, r"'config\.inner\.sizes\[1\]' is 'x'"),
+        ({"steps": 3, "inner": {"limit": "x"}}, r"'config\.inner\.limit' is 'x', must be int"),
+        ({"steps": 3, "pair": (1, 2, 3)}, r"'config\.pair' is \(1, 2, 3\)"),
+    ],
+)
+def test_bad_values_are_told_with_the_full_key(values, words):
+    with pytest.raises(UserError, match=words):
+        convert(**values)
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """Runs an entrypoint on some flags: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(door, "_enable_compilation_cache", lambda: None)
+    (tmp_path / "config.py").write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config(steps='3'):\n"
+        "    return ConfigDict({'steps': int(steps), 'inner': {'rate': 0.5}})\n"
+    )
+
+    def main(config, workdir):
+        print(config)
+        (workdir / "touched").parent.mkdir(parents=True)
+        (workdir / "touched").write_text("")
+
+    def call(*arguments, main=main):
+        argv = ["prog", *(str(a).replace("CONFIG", str(tmp_path / "config.py")) for a in arguments)]
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit) as left:
+            door.run(main, Outer)
+        for name in list(flags.FLAGS):
+            if name.startswith("config."):
+                delattr(flags.FLAGS, name)
+        flags.FLAGS.unparse_flags()
+        for name in ("config", "workdir"):
+            flags.FLAGS[name].unparse()
+            flags.FLAGS[name].value = None
+        out, err = capsys.readouterr()
+        return left.value.code, out, err
+
+    return call
+
+
+def test_good_flags_reach_main(call, tmp_path):
+    workdir = tmp_path / "run"
+    code, out, err = call(
+        "--config=CONFIG:5", f"--workdir={workdir}", "--config.inner.rate=2", "--config.flag"
+    )
+    assert (code, err) == (None, "")
+    assert out == f"{Outer(5, Inner(2.0, 'of the outer'), flag=True)}\n"
+    assert (workdir / "touched").exists()
+
+
+def test_keys_that_the_file_leaves_out_can_be_set(call, tmp_path):
+    _, out, _ = call(
+        "--config=CONFIG",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.inner.name=b",
+        "--config.inner.limit=7",
+        "--config.inner.sizes=(4,5)",
+    )
+    assert out == f"{Outer(3, Inner(0.5, 'b', (4, 5), 7))}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config=nowhere.py"], "there is no config file nowhere.py"),
+        ([], "--config=FILE.py is missing"),
+        (["--config=CONFIG", "--config.stesp=3"], "did you mean 'config.steps'"),
+        (["--config=CONFIG", "--config.inner.raet=3"], "did you mean 'config.inner.rate'"),
+        (["--config=CONFIG", "--config.iner.rate=3"], "did you mean 'config.inner'"),
+        (["--config=CONFIG", "--config.steps.more=3"], "config.steps is a single value"),
+        (["--config=CONFIG", "--config.steps=many"], "config.steps=many"),
+        (["--config=CONFIG", "--config.inner.rate=fast"], "config.inner.rate=fast"),
+        (["--config=CONFIG", "--wrokdir=x"], "wrokdir"),
+        (["--config=CONFIG", "stray"], "'stray' is not a flag"),
+    ],
+)
+def test_bad_flags_are_one_sentence_and_code_2(call, tmp_path, arguments, words):
+    code, out, err = call(*arguments, f"--workdir={tmp_path / 'run'}")
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert words in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_workdir_is_told(call):
+    assert call("--config=CONFIG")[::2] == (
+        2,
+        "error: --workdir=FOLDER is missing; see --help\n",
+    )
+
+
+def test_no_config_from_the_file_is_told(call, tmp_path):
+    (tmp_path / "none.py").write_text("def get_config():\n    return 5\n")
+    code, _, err = call(f"--config={tmp_path / 'none.py'}", f"--workdir={tmp_path / 'run'}")
+    assert (code, err) == (
+        2,
+        f"error: get_config() of {tmp_path / 'none.py'} returns no ConfigDict\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (UserError("the draft is too long"), "error: the draft is too long\n"),
+        (PermissionError(13, "Permission denied", "/x"), "error: Permission denied: /x\n"),
+        (OSError(28, "No space left on device", "/x"), "error: No space left on device: /x\n"),
+        (OSError(30, "Read-only file system", "/x"), "error: Read-only file system: /x\n"),
+    ],
+)
+def test_errors_of_main_are_one_sentence_and_code_2(call, tmp_path, error, words):
+    def main(config, workdir):
+        raise error
+
+    code, _, err = call("--config=CONFIG", f"--workdir={tmp_path}", main=main)
+    assert (code, err) == (2, words)
+
+
+def test_the_number_of_main_is_the_exit_code(call, tmp_path):
+    assert call("--config=CONFIG", f"--workdir={tmp_path}", main=lambda *_: 143)[0] == 143
+
+
+def test_faults_of_the_program_keep_their_traceback(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        door._or_exit(lambda: 1 // 0)
+    with pytest.raises(FileNotFoundError):
+        door._or_exit(lambda: (tmp_path / "x").read_text())
+
+
+def test_compilation_cache_is_below_the_users_cache_folder(tmp_path, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        door._enable_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "distillspec_jax" / "xla")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_real_process_leaves_with_code_2(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.finetune", "--config=nowhere.py", "--workdir=x"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: there is no config file nowhere.py (--config)\n",
+    )

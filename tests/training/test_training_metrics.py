@@ -1,0 +1,80 @@
+"""Records of a run: JSON that stays valid, and no step told twice after a restart."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+from distillspec_jax.training.metrics import MetricsWriter, drop_records_after
+
+
+def read(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_one_record_a_line_with_step_kind_and_values(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write("train", 3, {"loss": 0.5})
+        writer.write("eval", 5, {"tau": 2.0, "tau_ci95": [1.5, 2.5]})
+    first, second = read(tmp_path)
+    assert (first["step"], first["kind"], first["loss"]) == (3, "train", 0.5)
+    assert (second["kind"], second["tau_ci95"]) == ("eval", [1.5, 2.5])
+    assert 0 <= second["wall_time"] - first["wall_time"] < 60
+
+
+def test_not_finite_becomes_null(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(
+            "train", 1, {"loss": math.nan, "norm": np.float32(np.inf), "ci": [1.0, math.nan]}
+        )
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    [record] = read(tmp_path)
+    assert (record["loss"], record["norm"], record["ci"]) == (None, None, [1.0, None])
+
+
+def test_a_record_is_on_disk_at_once(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write("train", 1, {"loss": 1.0})
+        assert len(read(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("resumed", "kept"), [(-1, []), (0, [0]), (6, [0, 3, 6]), (9, [0, 3, 6, 9])]
+)
+def test_resuming_drops_the_steps_after(tmp_path, resumed, kept):
+    with MetricsWriter(tmp_path) as writer:
+        for step in (0, 3, 6, 9):
+            writer.write("train", step, {"loss": 1.0})
+    with MetricsWriter(tmp_path, resumed_step=resumed) as writer:
+        writer.write("train", 12, {"loss": 1.0})
+    assert [record["step"] for record in read(tmp_path)] == [*kept, 12]
+
+
+def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "kind": "train"}\n{"step": 2, "ki')
+    drop_records_after(path, 5)
+    assert path.read_text() == '{"step": 1, "kind": "train"}\n'
+
+
+def scalars(workdir):
+    """(tag, step) -> value of the event files, in the order of their names."""
+    found = {}
+    for file in sorted((workdir / "tensorboard").iterdir()):
+        data = file.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            event = event_pb2.Event.FromString(data[12 : 12 + size])
+            data = data[16 + size :]
+            for value in event.summary.value:
+                found[value.tag, event.step] = value.simple_value
+    return found
+
+
+def test_event_files_hold_the_numbers(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write("train", 3, {"loss": 0.5})
+        writer.write("eval", 5, {"tau": 2.0, "tau_ci95": [1.5, 2.5]})
+    assert scalars(tmp_path) == {("train/loss", 3): 0.5, ("eval/tau", 5): 2.0}
