@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, overload
+
+_TAKEN_AT_ONCE = 1_000
 
 
 class Example(NamedTuple):
@@ -24,6 +26,10 @@ class Examples(Sequence[Example]):
     @abc.abstractmethod
     def where(self, index: int) -> str:
         """Where an example is from, for messages."""
+
+    def __iter__(self) -> Iterator[Example]:
+        for start in range(0, len(self), _TAKEN_AT_ONCE):
+            yield from self.take(range(start, min(start + _TAKEN_AT_ONCE, len(self))))
 
     @overload
     def __getitem__(self, index: int) -> Example: ...

@@ -22,6 +22,7 @@ from distillspec_jax.errors import UserError
 # behind it as they are drawn: a run should fail in its first second, not in its second hour.
 CHECKED_AHEAD = 20_000
 GROUP = 16  # batches whose examples are sorted by length together
+_PASSES = 1 << 30  # as good as endless; Grain's endless repeat() cannot make batches of one
 
 
 def batches(
@@ -65,7 +66,7 @@ def batches(
     order = grain.MapDataset.range(len(examples))
     if shuffle:
         order = order.seed(seed).shuffle()
-    order = order.repeat()
+    order = order.repeat(_PASSES)
     if not bucket:
         steps = order.batch(batch_size)[start_step:]
         return iter(steps.map(lambda ids: encode(ids[mine])).to_iter_dataset(_read_options(16)))
