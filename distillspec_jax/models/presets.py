@@ -3,7 +3,7 @@
 Sources: T5 1.0 (arXiv 1910.10683, 3.3), T5 1.1 and FLAN-T5 (the released configurations; FLAN
 has the shapes of 1.1), the LM1B pair (arXiv 2310.08461, section 4: 33M draft and 234M target; the
 split into width and depth is not published, ours meets the sizes). `cpu_*` are the sizes that
-train on two cores; their vocabulary is that of `arithmetic_stories`.
+train on two cores, with the vocabulary of `arithmetic_stories` or (`cpu_t5_*`) that of T5.
 """
 
 from __future__ import annotations
@@ -64,12 +64,14 @@ def _decoder_only(name: str, d_model: int, depth: int) -> ModelConfig:
     )
 
 
-def _stories(name: str, shape: tuple[int, ...], encoder_layers: int) -> ModelConfig:
+def _cpu(
+    name: str, shape: tuple[int, ...], encoder_layers: int, vocabulary: tuple[int, int]
+) -> ModelConfig:
     d_model, d_ff, depth, num_heads, head_dim = shape
     return ModelConfig(
         name=name,
-        vocab_size=STORIES_ROWS,
-        num_pieces=STORIES_PIECES,
+        vocab_size=vocabulary[0],
+        num_pieces=vocabulary[1],
         d_model=d_model,
         d_ff=d_ff,
         num_heads=num_heads,
@@ -87,9 +89,12 @@ def _all() -> dict[str, ModelConfig]:
         configs.append(_t5(f"t5_{size}", shape, **relu))
     for size, shape in _T5_1_1_SHAPES.items():
         configs += [_t5(f"t5_1_1_{size}", shape), _t5(f"flan_t5_{size}", shape)]
+    stories, t5 = (STORIES_ROWS, STORIES_PIECES), (T5_ROWS, T5_PIECES)
     configs += [
-        _stories("cpu_target", (256, 768, 5, 4, 64), 2),
-        _stories("cpu_draft", (64, 128, 1, 1, 64), 1),
+        _cpu("cpu_target", (256, 768, 5, 4, 64), 2, stories),
+        _cpu("cpu_draft", (64, 128, 1, 1, 64), 1, stories),
+        _cpu("cpu_t5_target", (128, 512, 4, 2, 64), 2, t5),
+        _cpu("cpu_t5_draft", (64, 128, 1, 1, 64), 1, t5),
     ]
     return {config.name: config for config in configs}
 
