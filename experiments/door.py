@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import importlib.util
 import os
 import re
 import sys
@@ -21,7 +22,6 @@ import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
-from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from distillspec_jax.errors import UserError, unknown_name
 
@@ -92,22 +92,39 @@ def _parse_flags(argv: Sequence[str], config_class: type) -> list[str]:
     return rest
 
 
-class _ConfigParser(ConfigFileFlagParser):
-    """Loads a config file and completes it with the defaults of its dataclass."""
+class _ConfigParser(flags.ArgumentParser):
+    """Calls get_config of `FILE.py` or `FILE.py:ARGUMENT`, and completes what it returns.
+
+    Not ml_collections' own parser: that one hides a file that is missing until it is used, and
+    loads it by means that Python is about to drop.
+    """
 
     def __init__(self, config_class: type) -> None:
-        super().__init__("config", lock_config=False)
         self._config_class = config_class
 
     def parse(self, path: str) -> ConfigDict:
-        file = path.split(":")[0]
-        if not Path(file).is_file():
-            raise UserError(f"there is no config file {file} (--config)")
-        config = super().parse(path)
+        file, *argument = path.split(":", 1)
+        config = _load_module(file).get_config(*argument)
         if not isinstance(config, ConfigDict):
             raise UserError(f"get_config() of {file} returns no ConfigDict")
         _complete(config, self._config_class)
         return config
+
+
+def _load_module(file: str) -> types.ModuleType:
+    if not Path(file).is_file():
+        raise UserError(f"there is no config file {file} (--config)")
+    spec = importlib.util.spec_from_file_location("config", file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{file} (--config) is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"{error.filename}:{error.lineno}: {error.msg} (--config)") from None
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{file} (--config) has no function get_config")
+    return module
 
 
 def _check_overrides(argv: Sequence[str], config_class: type) -> None:

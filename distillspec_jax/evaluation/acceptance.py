@@ -167,12 +167,13 @@ def from_blocks(origins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What one draft did on each prompt, every column [prompts], or [seeds, prompts].
+    """What one draft did on each prompt, every column [prompts, ...], or [seeds, prompts, ...].
 
     accepted, tested, emitted, calls: counted by the sampler.
     block_accepted, block_tested: read off the texts (`from_blocks`).
     overlap, text_tokens: sum of beta along the target's own text, and its length.
     path_calls: target calls expected along that text (`blocks_along_texts`).
+    histogram: [prompts, gamma + 1], blocks by number of accepted tokens.
     """
 
     accepted: np.ndarray
@@ -184,6 +185,7 @@ class Counts:
     overlap: np.ndarray
     text_tokens: np.ndarray
     path_calls: np.ndarray
+    histogram: np.ndarray
 
     @classmethod
     def of(cls, output: SpeculativeOutput, along: TeacherForced, gamma: int) -> Counts:
@@ -201,6 +203,7 @@ class Counts:
             overlap=along.overlap.sum(axis=1),
             text_tokens=text_tokens,
             path_calls=path_calls,
+            histogram=np.asarray(statistics.accepted_histogram),
         )
 
     @classmethod
@@ -232,5 +235,8 @@ class Counts:
             **self.block_efficiency.keys("block_efficiency"),
             **ratio(self.text_tokens, self.path_calls).keys("block_efficiency_path"),
             "block_efficiency_iid": iid_block_efficiency(counted.value, gamma),
+            "accepted_histogram": self.histogram.sum(
+                axis=tuple(range(self.histogram.ndim - 1))
+            ).tolist(),
             "num_prompts": counted.n,
         }

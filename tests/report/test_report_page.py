@@ -1,0 +1,233 @@
+"""Tables, figures and the page: every number where it belongs, nothing from elsewhere."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from distillspec_jax.report.figures import figures_of, render
+from distillspec_jax.report.headline import headlines, lines
+from distillspec_jax.report.page import page
+from distillspec_jax.report.runs import find_runs
+from distillspec_jax.report.tables import (
+    Table,
+    drafts_table,
+    figure,
+    gains_table,
+    speed_table,
+    tables_of,
+    training_table,
+)
+
+
+@pytest.fixture
+def runs(runs_folder):
+    return find_runs(runs_folder)
+
+
+@pytest.fixture
+def evaluation(runs):
+    return runs[2]
+
+
+def change(runs_folder, name, action):
+    path = runs_folder / name / "summary.json"
+    summary = json.loads(path.read_text())
+    action(summary)
+    path.write_text(json.dumps(summary))
+    return find_runs(runs_folder)
+
+
+def test_figures_of_a_row():
+    row = {"tau": 4.126, "tau_ci95": [4.01, 4.2], "c": 0.0512}
+    assert figure(row, "tau") == "4.13 [4.01, 4.20]"
+    assert figure(row, "c", 3) == "0.051"
+    assert figure(row, "speed") == "-"
+
+
+def test_tables_escape_in_both_languages():
+    table = Table("t", ["a|b", "<i>"], [["x|y", "<script>"]], numbers=frozenset({1}))
+    markdown = "## t\n\n| a\\|b | <i> |\n| --- | ---: |\n| x\\|y | <script> |\n"
+    assert table.markdown() == markdown
+    assert "<script>" not in table.html()
+    assert '<td class="number">&lt;script&gt;</td>' in table.html()
+
+
+def test_drafts_table_has_one_row_per_setting(evaluation):
+    table = drafts_table(evaluation)
+    assert len(table.rows) == 3 * 2 * 2
+    assert table.rows[0][:4] == ["finetuned", "3", "0", "7"]
+    assert table.rows[0][4] == "0.700 [0.690, 0.710]"
+    assert table.header[-1] == "exact match number"
+    assert all(len(row) == len(table.header) for row in table.rows)
+
+
+def test_another_timed_batch_adds_a_row_of_speed_only(runs_folder, evaluation):
+    def add_batch(summary):
+        summary["pooled"] += [row | {"batch_size": 8} for row in summary["pooled"]]
+
+    again = change(runs_folder, "evaluation", add_batch)[2]
+    assert len(speed_table(again).rows) == 2 * len(speed_table(evaluation).rows)
+    assert drafts_table(again).rows == drafts_table(evaluation).rows
+
+
+def test_gains_say_at_which_gamma(evaluation):
+    rows = gains_table(evaluation).rows
+    assert rows[0] == [
+        *("distilled", "finetuned", "0", "7", "block efficiency"),
+        *("1.200 [1.180, 1.220]", "yes"),
+    ]
+    assert rows[-1][3:5] == ["7 against 4", "tokens per second"]
+
+
+def test_training_table(runs):
+    rows = training_table([run for run in runs if run.is_training]).rows
+    assert rows[1] == [
+        *("distilled", "distill", "distillspec", "0", "1000", "900", "62", "0.0750"),
+    ]
+
+
+def test_tables_without_rows_are_left_out(runs_folder):
+    def stop_the_clock(summary):
+        for row in summary["pooled"]:
+            del row["speedup_wall_clock"]
+        summary["gains"] = []
+
+    titles = [table.title for table in tables_of(change(runs_folder, "evaluation", stop_the_clock))]
+    assert "Speed" not in titles
+    assert "Gains" not in titles
+    assert "Training" in titles
+
+
+def test_lossy_rows_say_so_and_stay_out_of_the_headline(runs_folder):
+    def add_lossy(summary):
+        lossy = summary["pooled"][-1] | {"lenience": 0.5, "lossless": False}
+        del lossy["block_efficiency_path"]
+        summary["pooled"].append(lossy | {"block_efficiency": 7.9, "speedup_wall_clock": 9.0})
+
+    evaluation = change(runs_folder, "evaluation", add_lossy)[2]
+    assert drafts_table(evaluation).rows[-1][0] == "distilled, lenience 0.5"
+    assert drafts_table(evaluation).rows[-1][6] == "-"
+    assert "9.00x" not in " ".join(lines(evaluation))
+    assert figures_of([evaluation])
+
+
+def test_three_lines_say_what_was_gained(evaluation):
+    gained, clock, proof = lines(evaluation)
+    assert gained.startswith("block efficiency of 'distilled', gamma 7: greedy 4.42 (+20.0 % over")
+    assert "+20.0 % over control" in gained
+    # the fastest gamma counts: 5 beats 7 in the made-up costs
+    assert "greedy 1.99x at gamma 5 (+10.0 % over finetuned" in clock
+    assert proof.startswith("lossless: 9,000 of 9,000 greedy texts")
+
+
+def test_mismatches_are_not_hidden(runs_folder):
+    def spoil(summary):
+        summary["drafts"][0]["greedy_mismatches"] = 3
+
+    evaluation = change(runs_folder, "evaluation", spoil)[2]
+    assert "8,997 of 9,000" in lines(evaluation)[2]
+
+
+def test_headline_without_a_clock(runs_folder):
+    def stop_the_clock(summary):
+        for row in summary["pooled"]:
+            del row["speedup_wall_clock"]
+
+    evaluation = change(runs_folder, "evaluation", stop_the_clock)[2]
+    assert [each.timed for each in headlines(evaluation)] == [None, None]
+    assert lines(evaluation)[1] == "wall clock over no draft: not measured"
+    assert "speed" not in figures_of([evaluation])
+
+
+def test_all_figures_are_drawn_the_same_twice(runs):
+    first, second = figures_of(runs), figures_of(runs)
+    assert list(first) == [
+        *("block_efficiency", "speed", "block_length", "accepted_lengths", "training"),
+    ]
+    for name, (_, drawn) in first.items():
+        assert render(drawn, "svg") == render(second[name][1], "svg")
+        assert render(drawn, "png").startswith(b"\x89PNG")
+
+
+def heights(runs, name):
+    """Heights of the bars of a figure's panels."""
+    _, drawn = figures_of(runs)[name]
+    return [[bar.get_height() for bar in panel.patches] for panel in drawn.axes]
+
+
+def test_bars_show_the_figures_of_their_draft(runs, evaluation):
+    rows = [r for r in evaluation.summary["pooled"] if r["gamma"] == 7]
+    expected = [
+        [r["block_efficiency"] for r in rows if r["temperature"] == temperature]
+        for temperature in (0, 1)
+    ]
+    assert heights(runs, "block_efficiency") == expected
+    shares = heights(runs, "accepted_lengths")[0]
+    assert sum(shares) == pytest.approx(300)  # three drafts, each adds up to all its blocks
+
+
+class Checker(HTMLParser):
+    """Collects what a page loads, and checks that its tags close."""
+
+    VOID = ("meta", "img", "br")
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.loads, self.tags = [], [], set()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.loads += [value for key, value in attributes if key in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture
+def text(runs):
+    return page("Report: quickstart", runs, tables_of(runs), figures_of(runs))
+
+
+def test_page_is_whole_and_loads_nothing(text):
+    checker = Checker()
+    checker.feed(text)
+    assert checker.open == []
+    assert not checker.tags & {"script", "iframe", "link", "object"}
+    assert len(checker.loads) == 5
+    assert all(each.startswith("data:image/svg+xml;base64,") for each in checker.loads)
+    assert "@import" not in text
+    assert "url(" not in text
+
+
+def test_page_embeds_the_figures_themselves(text, runs):
+    embedded = re.findall(r"data:image/svg\+xml;base64,([^\"]+)", text)
+    drawn = [render(drawn, "svg") for _, drawn in figures_of(runs).values()]
+    assert [base64.b64decode(each) for each in embedded] == drawn
+
+
+def test_page_shows_the_headline_and_the_tables(text):
+    for expected in (
+        "4.42",
+        "+20.0 %",
+        "1.99x",
+        "Where the numbers come from",
+        "experiments.distill",
+    ):
+        assert expected in text
+
+
+def test_page_escapes_what_files_say(runs_folder):
+    def attack(summary):
+        for row in summary["pooled"] + summary["gains"]:
+            row["name"] = row["name"].replace("distilled", "<script>alert(1)</script>")
+
+    runs = change(runs_folder, "evaluation", attack)
+    text = page("<b>", runs, tables_of(runs), figures_of(runs))
+    assert "<script>" not in text
+    assert "<b>" not in text.replace("<b>+", "").replace("<b>4", "").replace("<b>1", "")
+    assert "&lt;script&gt;" in text
