@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ class _DataSet:
     evaluation_only: bool = False
 
 
+_PART = re.compile(r"(?P<name>\w+)\[(?P<first>-?\d*):(?P<last>-?\d*)\]")
 _STORIES = "arithmetic_stories"
 _TRANSLATE, _SUMMARIZE = "translate English to German: ", "summarize: "
 _DATA_SETS = {
@@ -145,10 +147,19 @@ class Task:
         return tuple(self._splits)
 
     def examples(self, split: str) -> Examples:
-        """The examples of a split, by index; a slice is a view."""
-        if split not in self._splits:
+        """The examples of a split, by index; a slice is a view.
+
+        `split` may be a part of one, as in TFDS: "train[:7000]", "train[-473:]".
+        """
+        part = _PART.fullmatch(split)
+        name = part["name"] if part else split
+        if name not in self._splits:
             raise unknown_name("split", split, self.splits, f"task '{self.name}'")
-        return self._splits[split]()
+        examples = self._splits[name]()
+        if part is None:
+            return examples
+        first, last = (int(bound) if bound else None for bound in part.group("first", "last"))
+        return examples[first:last]
 
     def batches(
         self,

@@ -34,6 +34,13 @@ def test_stories_are_the_default():
     assert task.vocabulary.decode(batch.targets[1]) == example.target
 
 
+@pytest.mark.parametrize(
+    ("part", "inputs"), [("train[:1]", ["ab"]), ("train[1:]", ["d"]), ("train[-2:-1]", ["ab"])]
+)
+def test_a_split_can_be_taken_in_part(own, part, inputs):
+    assert [example.input for example in load_task(own).examples(part)] == inputs
+
+
 def test_own_files(own):
     task = load_task(own)
     assert (task.splits, task.metric) == (("train",), "none")
