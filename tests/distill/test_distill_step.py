@@ -1,0 +1,293 @@
+"""The compiled steps against plain gradient descent, written out."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from distillspec_jax.distill import recipes
+from distillspec_jax.distill.data_sources import SOURCES, make_source
+from distillspec_jax.distill.step import (
+    distillation_loss,
+    make_distill_step,
+    make_finetune_step,
+    make_update,
+)
+from distillspec_jax.errors import UserError
+from distillspec_jax.models.transformer import Transformer, init_params, score
+from distillspec_jax.training.state import TrainState
+
+RATE = 0.5  # of the plain gradient descent in conftest
+PIECES = 11
+TOKENS, ROWS = 22, 5  # real tokens, and rows that have any, of the batch
+
+
+def close(actual, expected, **tolerance):
+    tolerance = {"rtol": 1e-5, "atol": 1e-6, **tolerance}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), actual, expected)
+
+
+def same_bits(actual, expected) -> bool:
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, actual, expected)))
+
+
+def sequence_mean(values, targets):
+    """Mean over the tokens of each row, then over the rows that have any."""
+    mask = targets != 0
+    lengths = jnp.sum(mask, 1)
+    rows = jnp.sum(jnp.where(mask, values, 0), 1) / jnp.maximum(lengths, 1)
+    return jnp.sum(rows) / jnp.sum(lengths > 0)
+
+
+def log_probs(model, params, batch):
+    return jax.nn.log_softmax(score(model, params, batch.inputs, batch.targets)[..., :PIECES])
+
+
+def plain_likelihood(params, pair, batch):
+    chosen = jnp.take_along_axis(
+        log_probs(pair.draft, params, batch), jnp.asarray(batch.targets)[..., None], axis=-1
+    )
+    return sequence_mean(-chosen[..., 0], batch.targets)
+
+
+def plain_forward_kl(params, pair, batch):
+    log_p = log_probs(pair.target, pair.target_params, batch)
+    log_q = log_probs(pair.draft, params, batch)
+    return sequence_mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1), batch.targets)
+
+
+def descended(plain_loss, pair, batch):
+    """(loss, weights) of one plain step from the pair's draft."""
+    loss, grads = jax.jit(jax.value_and_grad(lambda params: plain_loss(params, pair, batch)))(
+        pair.draft_params
+    )
+    return loss, jax.tree.map(lambda w, g: w - RATE * g, pair.draft_params, grads)
+
+
+@pytest.fixture(params=["encoder-decoder", "decoder-only"])
+def kind(request) -> str:
+    return request.param
+
+
+def test_finetuning_is_gradient_descent_on_the_likelihood(kind, pairs, batch, fresh_state):
+    pair = pairs[kind]
+    step = make_finetune_step(pair.draft, optax.sgd(RATE))
+    state, metrics = step(fresh_state(kind), batch)
+    loss, params = descended(plain_likelihood, pair, batch)
+    close(state.params, params)
+    close(metrics["loss"], (loss * ROWS, ROWS))
+    close(metrics["target_length"], (TOKENS, ROWS))
+
+
+def test_distilling_is_gradient_descent_on_the_divergence(
+    kind, pairs, batch, fresh_state, compiled_step
+):
+    pair = pairs[kind]
+    step = compiled_step(kind, recipes.named("supkd"))
+    state, metrics = step(fresh_state(kind), pair.target_params, batch)
+    loss, params = descended(plain_forward_kl, pair, batch)
+    close(state.params, params)
+    close(metrics["loss"], (loss * ROWS, ROWS))
+    p, q = (
+        jnp.exp(log_probs(model, weights, batch))
+        for model, weights in ((pair.target, pair.target_params), (pair.draft, pair.draft_params))
+    )
+    accepted = jnp.sum(jnp.sum(jnp.minimum(p, q), -1) * (batch.targets != 0))
+    close(metrics["acceptance_rate"], (accepted, TOKENS))
+    grads = jax.tree.map(lambda w, new: (w - new) / RATE, pair.draft_params, params)
+    close(metrics["grad_norm"], (optax.tree.norm(grads), 1), rtol=1e-4)
+    close(metrics["rollout_length"], (0, 0))
+    close([metrics[f"source_{name}"][0] for name in ("fixed", "draft", "teacher")], [1, 0, 0])
+
+
+def test_likelihood_recipe_is_finetuning(pairs, batch, fresh_state, compiled_step):
+    kind = "encoder-decoder"
+    step = compiled_step(kind, recipes.named("sft"))
+    state, metrics = step(fresh_state(kind), pairs[kind].target_params, batch)
+    close(state.params, descended(plain_likelihood, pairs[kind], batch)[1])
+    assert "acceptance_rate" not in metrics  # the target was not asked
+
+
+def test_on_policy_learns_from_its_own_samples_and_not_through_them(
+    kind, pairs, batch, fresh_state, compiled_step
+):
+    pair, recipe = pairs[kind], recipes.named("gkd")
+    state, metrics = compiled_step(kind, recipe)(fresh_state(kind), pair.target_params, batch)
+    write = jax.jit(make_source(pair.draft, pair.target, recipe, rollout_length=5))
+    tokens, _ = write(pair.draft_params, None, batch, jnp.uint32(0), 0)
+    written = batch.replace(targets=tokens)
+    close(state.params, descended(plain_forward_kl, pair, written)[1])
+    close(metrics["rollout_length"], (np.sum(np.asarray(tokens) != 0), 6))
+    close(metrics["eos_rate"], (np.sum(np.any(np.asarray(tokens) == 1, 1)), 6))
+    other = batch.replace(targets=np.roll(batch.targets, 1, 0))  # its references do not matter
+    again, _ = compiled_step(kind, recipe)(fresh_state(kind), pair.target_params, other)
+    assert same_bits(again.params, state.params)
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_exactly_nothing_flows_into_the_target(chunk, pairs, batch):
+    pair = pairs["encoder-decoder"]
+
+    def total(params, target_params):
+        loss_sum = distillation_loss(
+            pair.draft, pair.target, recipes.named("distillspec"), target_params, None, chunk=chunk
+        )
+        return loss_sum(params, batch, None)[0]
+
+    grads, target_grads = jax.jit(jax.grad(total, argnums=(0, 1)))(
+        pair.draft_params, pair.target_params
+    )
+    assert all(np.all(np.asarray(g) == 0.0) for g in jax.tree.leaves(target_grads))
+    assert all(np.any(np.asarray(g) != 0.0) for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"chunk": 3}, {"micro_batches": 3}, {"micro_batches": 2, "chunk": 4}]
+)
+def test_chunks_and_parts_change_nothing(settings, kind, pairs, batch, fresh_state, compiled_step):
+    """Two rows a part: the empty row makes the parts unequal in rows that count."""
+    recipe = recipes.named("supkd")
+    whole, metrics = compiled_step(kind, recipe)(
+        fresh_state(kind), pairs[kind].target_params, batch
+    )
+    split, split_metrics = compiled_step(kind, recipe, **settings)(
+        fresh_state(kind), pairs[kind].target_params, batch
+    )
+    close(split.params, whole.params)
+    close(split_metrics, metrics)
+
+
+def test_finetuning_in_parts_with_dropout_draws_anew_for_each(pairs, batch):
+    """Dropout masks: a function of seed, step and part; off unless asked for."""
+    pair, optimizer = pairs["encoder-decoder"], optax.sgd(RATE)
+
+    def after(dropout, seed=0, steps=1, micro_batches=1):
+        step = make_finetune_step(
+            pair.draft, optimizer, dropout=dropout, micro_batches=micro_batches
+        )
+        state = TrainState.create(pair.draft_params, optimizer, seed=seed)
+        for _ in range(steps):
+            state = state.replace(params=jax.tree.map(jnp.array, pair.draft_params))
+            state, _ = step(state, batch)
+        return state.params
+
+    assert same_bits(after(True), after(True))
+    assert not same_bits(after(True), after(False))
+    assert not same_bits(after(True), after(True, seed=1))
+    assert not same_bits(after(True), after(True, steps=2))
+    close(after(False), descended(plain_likelihood, pair, batch)[1])
+
+
+def test_no_dropout_in_distillation(pairs, batch, fresh_state, compiled_step):
+    kind, recipe = "decoder-only", recipes.named("gkd")
+    pair = pairs[kind]
+    assert pair.draft.config.dropout_rate > 0
+    without = [
+        Transformer(dataclasses.replace(model.config, dropout_rate=0.0))
+        for model in (pair.draft, pair.target)
+    ]
+    step = make_distill_step(*without, recipe, optax.sgd(RATE), rollout_length=5)
+    expected, _ = step(fresh_state(kind), pair.target_params, batch)
+    actual, _ = compiled_step(kind, recipe)(fresh_state(kind), pair.target_params, batch)
+    close(actual.params, expected.params)
+
+
+MIXED = recipes.named("distillspec", lambda1=0.4, lambda2=0.5, loss="tvd")
+
+
+def test_same_seed_same_bits_and_one_compilation(pairs, batch, fresh_state, compiled_step):
+    kind, step = "encoder-decoder", compiled_step("encoder-decoder", MIXED)
+
+    def run(seed):
+        state, sources = fresh_state(kind, seed), []
+        for _ in range(5):
+            state, metrics = step(state, pairs[kind].target_params, batch)
+            sources.append([int(metrics[f"source_{name}"][0]) for name in SOURCES])
+        return state, sources
+
+    first, sources = run(2)
+    again, again_sources = run(2)
+    assert same_bits(first.params, again.params)
+    assert sources == again_sources
+    assert not same_bits(first.params, run(3)[0].params)
+    assert step._cache_size() == 1
+
+
+def test_the_state_is_donated_and_the_target_is_not(pairs, batch, fresh_state, compiled_step):
+    kind, state = "encoder-decoder", fresh_state("encoder-decoder")
+    compiled_step(kind, recipes.named("supkd"))(state, pairs[kind].target_params, batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(pairs[kind].target_params))
+
+
+def test_on_policy_distillation_raises_the_acceptance_rate(pairs, batch):
+    pair, optimizer = pairs["encoder-decoder"], optax.adam(0.02)
+    recipe = recipes.named("distillspec", loss="forward_kl")
+    step = make_distill_step(pair.draft, pair.target, recipe, optimizer, rollout_length=5)
+    state, rates = TrainState.create(pair.draft_params, optimizer), []
+    for _ in range(150):
+        state, metrics = step(state, pair.target_params, batch)
+        rates.append(float(metrics["acceptance_rate"][0] / metrics["acceptance_rate"][1]))
+    assert np.mean(rates[-20:]) > np.mean(rates[:20]) + 0.15
+
+
+def test_selected_tokens_are_those_with_the_largest_gain(pairs, batch, fresh_state, compiled_step):
+    kind = "encoder-decoder"
+    pair, recipe = pairs[kind], recipes.named("adaspec")
+    reference = init_params(pair.draft, jax.random.key(29))
+    log_p = log_probs(pair.target, pair.target_params, batch)
+    losses = [
+        jnp.sum(jnp.exp(log_p) * (log_p - log_probs(pair.draft, params, batch)), -1)
+        for params in (pair.draft_params, reference)
+    ]
+    gains = np.where(batch.targets != 0, losses[0] - losses[1], -np.inf)
+    kept = gains >= np.sort(gains.ravel())[::-1][8]  # ceil(0.4 * 22) = 9
+    expected = (np.sum(np.asarray(losses[0])[kept]), 9)
+    states = []
+    for chunk in (None, 3):
+        state, metrics = compiled_step(kind, recipe, chunk=chunk)(
+            fresh_state(kind), pair.target_params, batch, reference
+        )
+        close(metrics["loss"], expected)
+        close(metrics["acceptance_rate"][1], TOKENS)  # alpha is that of all tokens
+        states.append(state)
+    close(states[0].params, states[1].params)
+
+
+def test_eight_devices_give_the_numbers_of_one(pairs, batch, fresh_state, compiled_step):
+    kind = "encoder-decoder"
+    pair, step = pairs[kind], compiled_step(kind, recipes.named("gkd"), chunk=3)
+    eight = jax.tree.map(lambda x: np.concatenate([x, x[:2]]), batch)
+    eight = eight.replace(example_ids=np.arange(8, dtype=np.int32))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    everywhere = jax.NamedSharding(mesh, jax.P())
+    by_row = jax.NamedSharding(mesh, jax.P("data"))
+    alone, metrics = step(fresh_state(kind), pair.target_params, eight)
+    together, together_metrics = step(
+        jax.device_put(fresh_state(kind), everywhere),
+        jax.device_put(pair.target_params, everywhere),
+        jax.device_put(eight, by_row),
+    )
+    close(together.params, alone.params)
+    close(together_metrics, metrics)
+
+
+def test_refusals(pairs, batch, fresh_state, compiled_step):
+    kind = "encoder-decoder"
+    pair, weights = pairs[kind], pairs[kind].target_params
+    with pytest.raises(UserError, match="recipe 'adaspec' needs weights of a reference draft"):
+        compiled_step(kind, recipes.named("adaspec"))(fresh_state(kind), weights, batch)
+    with pytest.raises(UserError, match="recipe 'gkd' takes no weights of a reference draft"):
+        compiled_step(kind, recipes.named("gkd"))(
+            fresh_state(kind), weights, batch, pair.draft_params
+        )
+    with pytest.raises(UserError, match="a batch of 6 does not split into 4 parts"):
+        compiled_step(kind, recipes.named("supkd"), micro_batches=4)(
+            fresh_state(kind), weights, batch
+        )
+    other = Transformer(dataclasses.replace(pair.target.config, num_pieces=9))
+    with pytest.raises(UserError, match=r"num_pieces is 9 and 11"):
+        make_update(pair.draft, other, recipes.named("gkd"), optax.sgd(RATE))
