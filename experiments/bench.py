@@ -96,6 +96,7 @@ def read_prompts(task: Task, split: str, count: int) -> Prompts:
         input_length=task.input_length,
         target_length=task.target_length,
         truncate=task.truncate,
+        input_eos=task.input_eos,
     )
     return Prompts(batch.inputs, batch.example_ids, [example.target for example in chosen])
 

@@ -79,30 +79,29 @@ def main(config: DistillConfig, workdir: Path) -> int | None:
     state = TrainState.create(
         draft.params, optimizer, seed=config.seed, average_decay=config.average_decay
     )
-    step_fn = _make_step(config, task, recipe, optimizer, target, draft)
+    step = _make_step(config, task, recipe, optimizer, target, draft)
+    batches = parts.train_batches(task, config)
+    hooks = Hooks(
+        evaluate=_make_evaluate(config, task, target, draft),
+        learning_rate=make_schedule(config.optimizer, config.steps),
+        notice=_notice,
+    )
     run = parts.open_run(workdir, "distill", config, task, draft)
-    parts.announce(f"distill ({recipe.name})", config, task, state, _roles(target, draft))
+    models = {"draft": draft, "target": target}
+    parts.announce(f"distill ({recipe.name})", config, task, state, models)
     result = train(
-        step_fn,
+        step,
         state,
-        parts.train_batches(task, config),
+        batches,
         config.loop,
         steps=config.steps,
         checkpoints=run.checkpoints,
         writer_of=run.writer_of,
-        hooks=Hooks(
-            evaluate=_make_evaluate(config, task, target, draft),
-            learning_rate=make_schedule(config.optimizer, config.steps),
-            notice=_notice,
-        ),
+        hooks=hooks,
         name="distill",
     )
     figures = {"gamma": config.decoder.gamma, "recipe": recipe.name}
     return run.close(result, seed=config.seed, figures=figures)
-
-
-def _roles(target: Loaded, draft: Loaded) -> dict[str, Loaded]:
-    return {"draft": draft, "target": target}
 
 
 def _make_step(

@@ -33,8 +33,10 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder for everything the run writes")
 
 BAD_INPUT = 2
-_ENVIRONMENT_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 STOPPED = 143  # what a shell reports for SIGTERM: the job is saved but not done
+
+_ENVIRONMENT_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+_UNIONS = (typing.Union, types.UnionType)
 
 
 def run(main: Callable[[Any, Path], int | None], config_class: type) -> None:
@@ -185,7 +187,7 @@ def _convert(hint: Any, value: Any, key: str, default: Any = None) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
-    if origin in (typing.Union, types.UnionType):
+    if origin in _UNIONS:
         return _convert_union(args, hint, value, key, default)
     if dataclasses.is_dataclass(hint):
         if isinstance(value, Mapping | ConfigDict):
@@ -232,7 +234,8 @@ def _is_instance(value: Any) -> bool:
 
 def _inner_dataclass(hint: Any) -> Any:
     """The dataclass that `hint` is or may be (`X | None`), else None."""
-    for option in (hint, *typing.get_args(hint)):
+    is_union = typing.get_origin(hint) in _UNIONS
+    for option in typing.get_args(hint) if is_union else (hint,):
         if dataclasses.is_dataclass(option):
             return option
     return None

@@ -46,8 +46,6 @@ def main(config: FinetuneConfig, workdir: Path) -> int | None:
     state = TrainState.create(
         loaded.params, optimizer, seed=config.seed, average_decay=config.average_decay
     )
-    run = parts.open_run(workdir, "finetune", config, task, loaded)
-    parts.announce("finetune", config, task, state, {"model": loaded})
     step = make_finetune_step(
         model,
         optimizer,
@@ -55,18 +53,22 @@ def main(config: FinetuneConfig, workdir: Path) -> int | None:
         reduction=config.reduction,
         micro_batches=config.micro_batches,
     )
+    batches = parts.train_batches(task, config)
+    hooks = Hooks(
+        evaluate=_make_evaluate(config, model, task),
+        learning_rate=make_schedule(config.optimizer, config.steps),
+    )
+    run = parts.open_run(workdir, "finetune", config, task, loaded)
+    parts.announce("finetune", config, task, state, {"model": loaded})
     result = train(
         step,
         state,
-        parts.train_batches(task, config),
+        batches,
         config.loop,
         steps=config.steps,
         checkpoints=run.checkpoints,
         writer_of=run.writer_of,
-        hooks=Hooks(
-            evaluate=_make_evaluate(config, model, task),
-            learning_rate=make_schedule(config.optimizer, config.steps),
-        ),
+        hooks=hooks,
         name="finetune",
     )
     return run.close(result, seed=config.seed, figures={})

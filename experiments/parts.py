@@ -23,6 +23,9 @@ from experiments import door
 from experiments.bench import Loaded
 from experiments.workdir import Workdir
 
+# What may differ when a run goes on: it changes no number of the training.
+HARMLESS = ("loop.log_every", "loop.save_every", "loop.keep_last", "loop.max_skipped")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -55,7 +58,10 @@ class TrainingConfig:
 
 
 def train_batches(task: Task, config: TrainingConfig) -> Callable[[int], Iterator[Batch]]:
-    """Step -> the endless batches from that step on; their order is a function of (seed, step)."""
+    """Step -> the endless batches from that step on; their order is a function of (seed, step).
+
+    Raises UserError at once, before anything is written, if the examples are no good.
+    """
 
     def from_step(step: int) -> Iterator[Batch]:
         return task.batches(
@@ -66,7 +72,8 @@ def train_batches(task: Task, config: TrainingConfig) -> Callable[[int], Iterato
             bucket=config.length_bucket,
         )
 
-    return from_step
+    first = from_step(0)
+    return lambda step: from_step(step) if step else first
 
 
 def validation_batches(
@@ -140,8 +147,12 @@ def _before(key: str) -> str:
 def open_run(
     workdir: Path, experiment: str, config: TrainingConfig, task: Task, trained: Loaded
 ) -> Run:
-    """Opens the workdir of a training run."""
-    may_change = () if config.optimizer.depends_on_steps else ("steps",)
+    """Opens the workdir of a training run.
+
+    Going on, `steps` may be another number unless the learning rate depends on it: then the steps
+    already taken would not be those of the longer run.
+    """
+    may_change = HARMLESS if config.optimizer.depends_on_steps else (*HARMLESS, "steps")
     opened = Workdir(workdir, experiment, config, may_change=may_change)
     description = {
         "model": dataclasses.asdict(trained.model.config),

@@ -15,6 +15,7 @@ import jax
 
 import distillspec_jax
 from distillspec_jax.errors import UserError
+from distillspec_jax.training.metrics import finite
 from experiments import door
 
 CONFIG, LOCK, SUMMARY = "config.json", ".lock", "summary.json"
@@ -49,9 +50,9 @@ class Workdir:
         write_json(path / CONFIG, {"experiment": experiment, **dataclasses.asdict(config)})
 
     def write_summary(self, values: Mapping[str, Any], *, seed: int) -> Path:
-        """Writes `summary.json`: headline figures, and what they were made with."""
+        """Writes `summary.json`: headline figures (null if not finite), and what made them."""
         path = self.path / SUMMARY
-        write_json(path, {**values, "seed": seed, **environment()})
+        write_json(path, {**finite(dict(values)), "seed": seed, **environment()})
         return path
 
     def close(self) -> None:

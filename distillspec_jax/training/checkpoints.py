@@ -225,9 +225,12 @@ def checksums(tree: Any) -> jax.Array:
     """
 
     def one(leaf: jax.Array) -> jax.Array:
-        bits = _as_uint32(leaf).ravel()
-        odd = 2 * jax.lax.iota(jnp.uint32, bits.size) + 1  # odd factors lose no bit
-        return jnp.sum(bits * odd, dtype=jnp.uint32)
+        bits = _as_uint32(leaf)
+        place, stride = jnp.zeros(bits.shape, jnp.uint32), 1
+        for axis in reversed(range(bits.ndim)):  # no reshape: it would gather what is sharded
+            place += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride)
+            stride = stride * bits.shape[axis] % 2**32
+        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)  # odd factors lose no bit
 
     return jnp.stack([one(leaf) for leaf in jax.tree.leaves(tree)])
 
@@ -268,10 +271,10 @@ def _says_best(checkpoint: Path) -> bool:
 
 
 def _as_uint32(leaf: jax.Array) -> jax.Array:
-    width = leaf.dtype.itemsize
     if leaf.dtype == jnp.bool_:
         return leaf.astype(jnp.uint32)
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width]
+    # 8 bytes become two numbers, along an axis of their own
+    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
     return jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorboardX
 
 JSONL = "metrics.jsonl"
@@ -41,7 +42,7 @@ class MetricsWriter:
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         record: dict[str, Any] = {"step": step, "kind": kind, "wall_time": time.time()}
-        record |= {name: _finite(value) for name, value in values.items()}
+        record |= finite(dict(values))
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -71,7 +72,12 @@ def _is_record_until(line: str, step: int) -> bool:
         return False
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_finite(each) for each in value]
-    return float(value) if math.isfinite(value) else None
+def finite(value: Any) -> Any:
+    """The value with null for numbers that are not finite, inside lists and mappings, too."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    return value

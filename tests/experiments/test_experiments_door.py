@@ -7,7 +7,6 @@ from pathlib import Path
 
 import jax
 import pytest
-from absl import flags
 from ml_collections import ConfigDict
 
 from distillspec_jax.errors import UserError
@@ -72,34 +71,22 @@ def test_bad_values_are_told_with_the_full_key(values, words):
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
-    """Runs an entrypoint on some flags: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(door, "_enable_compilation_cache", lambda: None)
-    (tmp_path / "config.py").write_text(
+def call(enter, tmp_path):
+    """Runs a toy entrypoint on some flags: (exit code, stdout, stderr)."""
+    config = tmp_path / "config.py"
+    config.write_text(
         "from ml_collections import ConfigDict\n"
         "def get_config(steps='3'):\n"
         "    return ConfigDict({'steps': int(steps), 'inner': {'rate': 0.5}})\n"
     )
 
-    def main(config, workdir):
+    def print_and_touch(config, workdir):
         print(config)
-        (workdir / "touched").parent.mkdir(parents=True)
+        workdir.mkdir()
         (workdir / "touched").write_text("")
 
-    def call(*arguments, main=main):
-        argv = ["prog", *(str(a).replace("CONFIG", str(tmp_path / "config.py")) for a in arguments)]
-        monkeypatch.setattr(sys, "argv", argv)
-        with pytest.raises(SystemExit) as left:
-            door.run(main, Outer)
-        for name in list(flags.FLAGS):
-            if name.startswith("config."):
-                delattr(flags.FLAGS, name)
-        flags.FLAGS.unparse_flags()
-        for name in ("config", "workdir"):
-            flags.FLAGS[name].unparse()
-            flags.FLAGS[name].value = None
-        out, err = capsys.readouterr()
-        return left.value.code, out, err
+    def call(*arguments, main=print_and_touch):
+        return enter(main, Outer, *(each.replace("CONFIG", str(config)) for each in arguments))
 
     return call
 
@@ -157,13 +144,28 @@ def test_missing_workdir_is_told(call):
     )
 
 
-def test_no_config_from_the_file_is_told(call, tmp_path):
-    (tmp_path / "none.py").write_text("def get_config():\n    return 5\n")
-    code, _, err = call(f"--config={tmp_path / 'none.py'}", f"--workdir={tmp_path / 'run'}")
-    assert (code, err) == (
-        2,
-        f"error: get_config() of {tmp_path / 'none.py'} returns no ConfigDict\n",
-    )
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            "def get_config():\n    return 5\n",
+            "error: get_config() of FILE returns no ConfigDict\n",
+        ),
+        ("def get_config(:\n", "error: FILE:1: invalid syntax (--config)\n"),
+        ("x = 5\n", "error: FILE (--config) has no function get_config\n"),
+    ],
+)
+def test_a_bad_config_file_is_told(call, tmp_path, content, words):
+    file = tmp_path / "bad.py"
+    file.write_text(content)
+    code, _, err = call(f"--config={file}", f"--workdir={tmp_path / 'run'}")
+    assert (code, err) == (2, words.replace("FILE", str(file)))
+
+
+def test_a_file_that_is_no_python_is_told(call, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    code, _, err = call(f"--config={tmp_path / 'config.json'}", f"--workdir={tmp_path / 'run'}")
+    assert (code, err) == (2, f"error: {tmp_path / 'config.json'} (--config) is no Python file\n")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,278 @@
+"""finetune and distill from the door to the files, stopped and resumed, and on bad input."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from distillspec_jax import zoo
+from distillspec_jax.data.vocabulary import load_vocabulary
+from distillspec_jax.distill.recipes import RECIPES, Recipe
+from experiments import distill, finetune, parts
+from experiments.distill import DistillConfig, RecipeConfig
+from experiments.finetune import FinetuneConfig
+
+CONFIGS = Path(__file__).resolve().parents[2] / "experiments" / "configs"
+CLOCKS = ("wall_time", "seconds", "tokens_per_second", "train_seconds")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """The same programs are compiled for several runs here; the second time from a file."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], str(tmp_path_factory.mktemp("xla")))
+    jax.config.update(names[1], 0.0)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture
+def run(enter, config_file, tmp_path):
+    """Runs `finetune` or `distill`: (exit code, stdout, stderr)."""
+    entrypoints = {
+        "finetune": (finetune.main, FinetuneConfig),
+        "distill": (distill.main, DistillConfig),
+    }
+
+    def run(kind, *overrides, workdir="run", **changes):
+        flags = [f"--config={config_file(kind, **changes)}", f"--workdir={tmp_path / workdir}"]
+        return enter(*entrypoints[kind], *flags, *overrides)
+
+    return run
+
+
+def records(workdir):
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k not in CLOCKS} for record in found]
+
+
+def summary(workdir):
+    found = json.loads((workdir / "summary.json").read_text())
+    return {key: value for key, value in found.items() if key not in CLOCKS}
+
+
+def assert_same_weights(left, right):
+    left, right = zoo.load(left)[1], zoo.load(right)[1]
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def stop_after(batches, monkeypatch):
+    """SIGTERM reaches the run while it draws the batch after so many."""
+    real = parts.train_batches
+
+    def train_batches(task, config):
+        from_step = real(task, config)
+
+        def stopping(step):
+            for number, batch in enumerate(from_step(step)):
+                if number == batches:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+
+        return stopping
+
+    monkeypatch.setattr(parts, "train_batches", train_batches)
+
+
+def test_finetune_learns_and_leaves_what_it_promises(run, tmp_path):
+    code, out, err = run("finetune", "--config.decode_prompts=3", "--config.loop.log_every=3")
+    assert code is None
+    workdir = tmp_path / "run"
+    found = summary(workdir)
+    assert found["loss"] < found["loss_before"]
+    assert (found["steps"], found["ended"], found["seed"]) == (6, "finished", 3)
+    assert 0 <= found["quality"] <= 100
+    assert [r["step"] for r in records(workdir) if r["kind"] == "eval"] == [0, 3, 6]
+    assert [r["step"] for r in records(workdir) if r["kind"] == "train"] == [3, 6]
+    assert "6 steps, seed 3" in out
+    assert "parameters" in out
+    assert "MiB" in out
+    assert str(workdir) in out.splitlines()[-1]
+    assert "step 6: loss" in err
+    card = zoo.describe(workdir)
+    assert card["vocabulary_fingerprint"] == load_vocabulary("arithmetic_stories").fingerprint
+    assert card["model"]["name"] == "draft"
+
+
+def test_distill_stopped_and_resumed_is_uninterrupted(run, tmp_path, monkeypatch):
+    """On-policy: what the draft writes, the order of the data and the records, to the bit."""
+    assert run("distill", workdir="whole")[0] is None
+    with monkeypatch.context() as patch:
+        stop_after(3, patch)
+        code, out, _ = run("distill", workdir="parts")
+    assert code == 143
+    assert "stopped at step 4, all saved" in out
+    assert not (tmp_path / "parts" / "summary.json").exists()
+    code, _, err = run("distill", workdir="parts")
+    assert code is None
+    assert "goes on from the checkpoint of step 4" in err
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+    assert summary(tmp_path / "parts") == summary(tmp_path / "whole")
+    assert_same_weights(tmp_path / "parts", tmp_path / "whole")
+    # once more: it is finished, and nothing is trained again
+    assert run("distill", workdir="parts")[0] is None
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+
+    figures = summary(tmp_path / "whole")
+    low, high = figures["block_efficiency_t1_ci95"]
+    assert low <= figures["block_efficiency_t1"] <= high
+    assert figures["block_efficiency_mean"] == figures["block_efficiency_t1"]
+    assert 1 <= figures["block_efficiency_t1_before"] <= 4
+    assert (figures["gamma"], figures["recipe"]) == (3, "distillspec")
+    train = [r for r in records(tmp_path / "whole") if r["kind"] == "train"]
+    assert all(r["source_draft"] == 1 and r["source_fixed"] == 0 for r in train)
+
+
+def test_control_is_the_same_run_by_likelihood(run, tmp_path):
+    assert run("distill", "--config.recipe.name=sft")[0] is None
+    train = [r for r in records(tmp_path / "run") if r["kind"] == "train"]
+    assert all(r["source_fixed"] == 1 and "acceptance_rate" not in r for r in train)
+    assert summary(tmp_path / "run")["recipe"] == "sft"
+    assert "block_efficiency_t1" in summary(tmp_path / "run")
+
+
+def test_configs_of_control_and_distilled_differ_in_the_recipe_alone():
+    spec = importlib.util.spec_from_file_location("stories", CONFIGS / "distill_stories.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    control, distilled = module.get_config("sft").to_dict(), module.get_config().to_dict()
+    assert control.pop("recipe") == {"name": "sft"}
+    assert distilled.pop("recipe") == {"name": "distillspec"}
+    assert control == distilled
+
+
+def test_every_field_of_a_recipe_can_be_set():
+    assert [f.name for f in dataclasses.fields(RecipeConfig)] == [
+        f.name for f in dataclasses.fields(Recipe)
+    ]
+    assert RecipeConfig(name="gkd").resolve() == RECIPES["gkd"]
+    changed = RecipeConfig(name="gkd", loss="jsd", beta=0.25, lambda1=0.5).resolve()
+    assert changed == dataclasses.replace(RECIPES["gkd"], loss="jsd", beta=0.25, lambda1=0.5)
+
+
+def test_few_ends_are_warned_of(run):
+    _, _, err = run("distill", "--config.steps=2", "--config.rollout_length=2")
+    assert "warning: only" in err
+    assert "config.rollout_length" in err
+
+
+def bad_line(folder, line):
+    good = (folder / "train.jsonl").read_text().splitlines()
+    path = folder / "bad.jsonl"
+    path.write_text("\n".join([*good[:3], line, *good[3:]]) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["finetune", "distill"])
+@pytest.mark.parametrize(
+    ("line", "overrides", "words"),
+    [
+        ('{"input": "x", ', [], "bad.jsonl:4"),
+        ('{"input": "x", "target": ""}', [], "bad.jsonl:4"),
+        ('{"input": "x"}', [], "bad.jsonl:4"),
+        ('{"input": "%s", "target": "x"}' % ("the " * 99), [], "bad.jsonl:4"),
+        (
+            '{"input": "x", "target": "%s"}' % ("the " * 99),
+            ["--config.recipe.name=sft"],
+            "bad.jsonl:4",
+        ),
+    ],
+    ids=["broken", "empty", "missing", "long input", "long target"],
+)
+def test_bad_lines_are_told_with_their_number(run, tmp_path, stories, kind, line, overrides, words):
+    overrides = overrides if kind == "distill" else []
+    refused(
+        run(kind, *overrides, task__train_file=bad_line(tmp_path_of(stories, tmp_path), line)),
+        words,
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def tmp_path_of(stories, tmp_path):
+    (tmp_path / "train.jsonl").write_text((stories / "train.jsonl").read_text())
+    return tmp_path
+
+
+def refused(result, words):
+    code, out, err = result
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert words in err
+    assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("finetune", {"task__train_file": "nowhere.jsonl"}, "'nowhere.jsonl' does not exist"),
+        ("finetune", {"task__name": "jsonnl"}, "did you mean 'jsonl'"),
+        ("finetune", {"train_split": "trian"}, "did you mean 'train'"),
+        ("finetune", {"model": "cpu_targt"}, "did you mean 'cpu_target'"),
+        ("finetune", {"model": "./nowhere"}, "no model at './nowhere'"),
+        ("finetune", {"model": "FOREIGN"}, "another vocabulary"),
+        ("finetune", {"task__target_field": ""}, "no references to learn from"),
+        ("finetune", {"optimizer__name": "adam"}, "did you mean 'adamw'"),
+        ("finetune", {"steps": 0}, "config.steps is 0"),
+        ("finetune", {"micro_batches": 3}, "must divide the batch size 4"),
+        ("finetune", {"average_decay": 1.0}, "config.average_decay is 1.0"),
+        ("distill", {"target": "FOREIGN"}, "another vocabulary"),
+        ("distill", {"draft": "FOREIGN"}, "another vocabulary"),
+        ("distill", {"recipe": {"name": "distilspec"}}, "did you mean 'distillspec'"),
+        ("distill", {"recipe": {"lambda1": 1.5}}, "must be within 0 and 1"),
+        ("distill", {"recipe": {"beta": 1.0}}, "beta"),
+        ("distill", {"recipe": {"name": "adaspec"}}, "needs config.reference"),
+        ("distill", {"recipe": {"name": "sft"}, "task__target_field": ""}, "no references"),
+        ("distill", {"decoder__gamma": 0}, "decoder.gamma is 0"),
+        ("distill", {"decoder__temperatures": ()}, "decoder.temperatures"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(run, tmp_path, models, kind, changes, words):
+    changes = {
+        key: str(models / "foreign") if value == "FOREIGN" else value
+        for key, value in changes.items()
+    }
+    refused(run(kind, **changes), words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(run, tmp_path, stories):
+    refused(run("distill", draft=str(stories)), f"no model in '{stories}'")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reference_of_another_shape_is_refused(run, models):
+    changes = {"recipe": {"name": "adaspec"}, "reference": str(models / "target")}
+    refused(run("distill", **changes), "must have the shape of the draft")
+
+
+def test_another_run_in_the_workdir_is_refused_and_untouched(run, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps({"experiment": "finetune", "steps": 9}))
+    (workdir / "metrics.jsonl").write_text("")
+    code, _, err = run("distill")
+    assert code == 2
+    assert "holds a run of 'finetune', this is 'distill'" in err
+    assert sorted(p.name for p in workdir.iterdir()) == ["config.json", "metrics.jsonl"]
+
+
+def test_more_steps_go_on_only_if_the_rates_stay(run, tmp_path):
+    assert run("finetune", "--config.steps=2")[0] is None
+    assert run("finetune", "--config.steps=4", "--config.loop.log_every=1")[0] is None
+    assert summary(tmp_path / "run")["steps"] == 4
+    cosine = {"optimizer__schedule": "cosine", "workdir": "cosine"}
+    assert run("finetune", "--config.steps=2", **cosine)[0] is None
+    code, _, err = run("finetune", "--config.steps=4", **cosine)
+    assert code == 2
+    assert "its steps is 2, yours is 4" in err
