@@ -22,6 +22,8 @@ from distillspec_jax.errors import UserError
 from distillspec_jax.models.cache import Cache
 from distillspec_jax.models.transformer import Params, Transformer, extend, start
 
+Array = jax.Array | np.ndarray
+
 
 class Generation(struct.PyTreeNode):
     """Texts of a batch; L is the limit.
@@ -125,7 +127,7 @@ _compiled_generate = jax.jit(
 )
 
 
-def check_request(inputs: jax.Array, row_ids: jax.Array, pad_id: int, max_new_tokens: int) -> None:
+def check_request(inputs: Array, row_ids: Array, pad_id: int, max_new_tokens: int) -> None:
     """Raises UserError unless every prompt has a token and the limit is at least 1."""
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")

@@ -7,9 +7,11 @@ earlier blocks ended, never p of the tokens under test; so the output law stays 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from distillspec_jax.errors import UserError
 
@@ -71,3 +73,48 @@ def next_allowance(
 def _entropy(probs: jax.Array) -> jax.Array:
     """-sum p log p over the last axis, in nats."""
     return -jnp.sum(probs * jnp.log(jnp.where(probs > 0, probs, 1)), axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """The best block length among those measured, and the predicted speed-up of each.
+
+    A best speed-up below 1 says that decoding without the draft is faster.
+    """
+
+    gamma: int
+    speedups: dict[int, float]
+
+
+def tune(
+    block_efficiency: Mapping[int, float],
+    cost_ratio: float,
+    verification_cost: Mapping[int, float],
+) -> Tuning:
+    """The gamma that maximises tau(gamma) / (c gamma + v(gamma)); the smaller one on ties.
+
+    block_efficiency: tau by gamma. cost_ratio: c, a draft step over a target step.
+    verification_cost: v by gamma, a target call on gamma + 1 positions over one on a single one.
+    Raises UserError if no gamma has both.
+    """
+    gammas = sorted(block_efficiency.keys() & verification_cost.keys())
+    if not gammas:
+        raise UserError(
+            f"no block length has both a block efficiency ({sorted(block_efficiency)}) and a "
+            f"verification cost ({sorted(verification_cost)})"
+        )
+    speedups = {g: block_efficiency[g] / (cost_ratio * g + verification_cost[g]) for g in gammas}
+    return Tuning(max(gammas, key=lambda gamma: speedups[gamma]), speedups)
+
+
+def efficiency_by_gamma(accepted_histogram: Sequence[int] | np.ndarray) -> dict[int, float]:
+    """tau for every gamma up to G from blocks decoded at gamma = G.
+
+    tau(gamma) = 1 + sum_{i <= gamma} P(at least i accepted), with the blocks that began where
+    they did at G; for token and for block verification, as both accept i tokens or more with a
+    probability that does not depend on gamma >= i. accepted_histogram: [G + 1] blocks by number
+    of accepted tokens, summed over rows.
+    """
+    histogram = np.asarray(accepted_histogram, np.float64)
+    at_least = histogram[::-1].cumsum()[::-1][1:] / histogram.sum()
+    return {i + 1: float(1 + at_least[: i + 1].sum()) for i in range(len(at_least))}
