@@ -29,12 +29,14 @@ class ReportConfig:
 
 def main(config: ReportConfig, workdir: Path) -> None:
     runs = find_runs(workdir)
-    figures, tables = figures_of(runs), tables_of(runs)
+    tables = tables_of(runs)
     folder = workdir / FIGURES
     folder.mkdir(exist_ok=True)
-    for name, (_, figure) in figures.items():
-        for kind in ("svg", "png"):
-            (folder / f"{name}.{kind}").write_bytes(render(figure, kind))
+    figures = {}
+    for name, (caption, figure) in figures_of(runs).items():
+        figures[name] = caption, render(figure, "svg")
+        (folder / f"{name}.svg").write_bytes(figures[name][1])
+        (folder / f"{name}.png").write_bytes(render(figure, "png"))
     (workdir / TABLES).write_text("\n".join(table.markdown() for table in tables), "utf-8")
     title = config.title or f"Report: {workdir.name}"
     (workdir / PAGE).write_text(page(title, runs, tables, figures), "utf-8")

@@ -281,7 +281,7 @@ def _slug(run: Run) -> str:
 
 
 def render(figure: Figure, file_format: str) -> bytes:
-    """The bytes of an SVG or PNG file; the same figure gives the same bytes."""
+    """The bytes of an SVG or PNG file; the same runs give the same bytes."""
     metadata: dict[str, Any] = {"Date": None} if file_format == "svg" else {"Software": None}
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):

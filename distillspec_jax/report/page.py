@@ -6,9 +6,6 @@ import base64
 import html
 from collections.abc import Mapping, Sequence
 
-from matplotlib.figure import Figure
-
-from distillspec_jax.report.figures import render
 from distillspec_jax.report.headline import Headline, headlines, lines, percent
 from distillspec_jax.report.runs import Record, Run
 from distillspec_jax.report.tables import Table
@@ -60,7 +57,7 @@ def page(
     title: str,
     runs: Sequence[Run],
     tables: Sequence[Table],
-    figures: Mapping[str, tuple[str, Figure]],
+    figures: Mapping[str, tuple[str, bytes]],
 ) -> str:
     """The whole page.
 
@@ -68,13 +65,13 @@ def page(
       title: heading and window title.
       runs: as `find_runs` gives them; each evaluation among them gets its headline figures.
       tables: in the order of the page.
-      figures: file name -> (caption, figure), embedded as SVG.
+      figures: file name -> (caption, SVG).
     """
     body = [f"<h1>{html.escape(title)}</h1>", f'<p class="lead">{html.escape(LEAD)}</p>']
     for run in (each for each in runs if each.is_evaluation):
         body += [_cards(headlines(run)), _list(lines(run))]
-    for name, (caption, figure) in figures.items():
-        body.append(_figure(name, caption, figure))
+    for name, (caption, svg) in figures.items():
+        body.append(_figure(name, caption, svg))
     for table in tables:
         body += [f"<h2>{html.escape(table.title)}</h2>", table.html()]
     return (
@@ -129,9 +126,9 @@ def _list(items: Sequence[str]) -> str:
     return f"<ul>{''.join(f'<li>{html.escape(item)}</li>' for item in items)}</ul>"
 
 
-def _figure(name: str, caption: str, figure: Figure) -> str:
+def _figure(name: str, caption: str, svg: bytes) -> str:
     # as an image: ids inside one SVG cannot meet those of another
-    data = base64.b64encode(render(figure, "svg")).decode()
+    data = base64.b64encode(svg).decode()
     caption, name = html.escape(caption), html.escape(name)
     image = f'<img alt="{caption}" src="data:image/svg+xml;base64,{data}">'
     return f'<figure id="{name}">{image}<figcaption>{caption}</figcaption></figure>'

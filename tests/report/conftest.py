@@ -1,6 +1,8 @@
 """Files of runs as `evaluate` and `distill` write them, with figures made up to be told apart."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -106,11 +108,17 @@ def write(folder, config, records, summary):
     (folder / "summary.json").write_text(json.dumps(summary))
 
 
-@pytest.fixture
-def runs_folder(tmp_path):
-    """A folder like that of the quickstart: an evaluation and two training runs."""
-    folder = tmp_path / "quickstart"
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory):
+    """A folder like that of the quickstart, an evaluation and two training runs, to be read."""
+    folder = tmp_path_factory.mktemp("runs") / "quickstart"
     write(folder / "evaluation", {"experiment": "evaluate", "seed": 0}, curves(), evaluation())
     write(folder / "distilled", *training("distillspec", 0.003))
     write(folder / "control", *training("sft", 0.0003))
     return folder
+
+
+@pytest.fixture
+def runs_folder(quickstart, tmp_path):
+    """A copy of it, to be changed."""
+    return Path(shutil.copytree(quickstart, tmp_path / "quickstart"))
