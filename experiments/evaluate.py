@@ -24,7 +24,7 @@ from distillspec_jax.decoding.verification import RULES
 from distillspec_jax.errors import UserError, unknown_name
 from experiments import door, measuring
 from experiments.bench import Bench, open_bench
-from experiments.workdir import SUMMARY, Workdir
+from experiments.workdir import SUMMARY, Workdir, write_json_lines
 
 METRICS = "metrics.jsonl"
 FIGURES = ("acceptance_rate", "block_efficiency", "speedup_wall_clock", "quality")
@@ -103,8 +103,7 @@ def main(config: EvaluateConfig, workdir: Path) -> None:
     if summary is None:
         results = measuring.measure(bench)
         summary = {**results.summary(), "weights": weights}
-        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in results.records)
-        (run.path / METRICS).write_text(lines, "utf-8")
+        write_json_lines(run.path / METRICS, results.records)
         run.write_summary(summary, seed=config.seed)
     else:
         print(f"kept: {run.path / SUMMARY} has these figures already; remove it to measure again")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distillspec_jax.decoding.autoregressive import Generation
+from distillspec_jax.decoding.block_length import tune
 from distillspec_jax.decoding.state import SpeculativeOutput
 from distillspec_jax.errors import UserError
 from distillspec_jax.evaluation import latency
@@ -132,11 +133,15 @@ def _tune(
             texts = runner.plain(prompts, temperature)
             for name in bench.names:
                 scored = [runner.along(prompts, d, temperature, texts) for d in bench.seeds(name)]
-                curve = [_prediction(scored, gamma, costs[name]) for gamma in config.gamma_grid]
-                best = max(curve, key=lambda row: row["speedup_predicted_verification"])
-                chosen[name, temperature] = best["gamma"]
+                curve = {g: _prediction(scored, g, costs[name]) for g in config.gamma_grid}
+                best = tune(
+                    {gamma: row["block_efficiency_path"] for gamma, row in curve.items()},
+                    costs[name].cost_ratio,
+                    {gamma: row["verification_cost"] for gamma, row in curve.items()},
+                ).gamma
+                chosen[name, temperature] = best
                 about = {"kind": "tune", "name": name, "temperature": temperature}
-                records += [{**about, **row, "chosen": row is best} for row in curve]
+                records += [{**about, **row, "chosen": g == best} for g, row in curve.items()]
     return chosen, records
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +23,8 @@ CONFIG, LOCK, SUMMARY = "config.json", ".lock", "summary.json"
 
 class Workdir:
     """The folder of one run, locked as long as this object lives.
+
+    Folders of other runs may lie in it: an evaluation's holds those of the drafts it compares.
 
     Raises UserError if another job is at work in it, if it holds another run (its `config.json`
     differs), or files that are no run at all; then nothing in it was changed.
@@ -41,7 +43,8 @@ class Workdir:
         """
         if path.exists() and not path.is_dir():
             raise UserError(f"--workdir={path} is a file, must be a folder")
-        present = {entry.name for entry in path.iterdir()} if path.exists() else set()
+        entries = path.iterdir() if path.exists() else ()
+        present = {entry.name for entry in entries if not (entry / CONFIG).is_file()}
         if present - {CONFIG, LOCK}:
             _refuse_other_run(path, experiment, config, may_change)
         path.mkdir(parents=True, exist_ok=True)
@@ -98,8 +101,18 @@ def environment() -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a file that is whole at every moment: the old one or the new one."""
+    _replace(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """The same with an object a line; numbers that are not finite become null."""
+    lines = (json.dumps(finite(dict(record)), allow_nan=False) + "\n" for record in records)
+    _replace(path, "".join(lines))
+
+
+def _replace(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", "utf-8")
+    beside.write_text(text, "utf-8")
     os.replace(beside, path)
 
 

@@ -16,7 +16,7 @@ Record = dict[str, Any]
 class Run:
     """A run as its folder tells it.
 
-    name: path of the folder below the one that is reported on.
+    name: path of the folder below the one that is reported on, or that one's own name.
     summary: empty while the run is not finished.
     """
 
@@ -48,16 +48,16 @@ class Run:
 
 
 def find_runs(folder: Path) -> list[Run]:
-    """All runs in `folder` and below it, by name.
+    """All runs in `folder` and below it: its own first, then by name.
 
     Raises UserError where there is none, or where a file of one is broken.
     """
     if not folder.is_dir():
         raise UserError(f"--workdir={folder} is no folder; name one that holds runs")
-    configs = sorted(path for path in folder.rglob("config.json") if _is_run(path))
-    if not configs:
+    paths = sorted(path.parent for path in folder.rglob("config.json") if _is_run(path))
+    if not paths:
         raise UserError(f"--workdir={folder} holds no run: there is no config.json of one below it")
-    return [_read(path.parent, folder) for path in configs]
+    return [_read(path, folder) for path in paths]
 
 
 def _is_run(config: Path) -> bool:
@@ -68,7 +68,7 @@ def _is_run(config: Path) -> bool:
 def _read(path: Path, folder: Path) -> Run:
     summary, metrics = path / "summary.json", path / "metrics.jsonl"
     return Run(
-        name=path.relative_to(folder).as_posix(),
+        name=folder.name if path == folder else path.relative_to(folder).as_posix(),
         path=path,
         config=_json(path / "config.json"),
         records=_json_lines(metrics) if metrics.exists() else [],

@@ -49,6 +49,13 @@ def test_the_same_config_goes_on(tmp_path):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
+def test_runs_may_lie_in_the_folder_of_another(tmp_path):
+    before = started(tmp_path / "distilled")
+    start(tmp_path)
+    assert (tmp_path / "config.json").exists()
+    assert {p.name: p.read_bytes() for p in (tmp_path / "distilled").iterdir()} == before
+
+
 @pytest.mark.parametrize(
     ("config", "experiment", "words"),
     [

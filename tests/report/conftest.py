@@ -112,7 +112,7 @@ def write(folder, config, records, summary):
 def quickstart(tmp_path_factory):
     """A folder like that of the quickstart, an evaluation and two training runs, to be read."""
     folder = tmp_path_factory.mktemp("runs") / "quickstart"
-    write(folder / "evaluation", {"experiment": "evaluate", "seed": 0}, curves(), evaluation())
+    write(folder, {"experiment": "evaluate", "seed": 0}, curves(), evaluation())
     write(folder / "distilled", *training("distillspec", 0.003))
     write(folder / "control", *training("sft", 0.0003))
     return folder

@@ -14,15 +14,15 @@ def test_runs_are_found_below_the_folder(runs_folder):
     model.mkdir(parents=True)
     (model / "config.json").write_text('{"d_model": 7}')
     runs = find_runs(runs_folder)
-    assert [run.name for run in runs] == ["control", "distilled", "evaluation"]
-    assert [run.is_training for run in runs] == [True, True, False]
-    assert [run.is_evaluation for run in runs] == [False, False, True]
-    assert runs[1].experiment == "distill"
+    assert [run.name for run in runs] == ["quickstart", "control", "distilled"]
+    assert [run.is_training for run in runs] == [False, True, True]
+    assert [run.is_evaluation for run in runs] == [True, False, False]
+    assert runs[2].experiment == "distill"
 
 
 def test_a_single_run_is_a_folder_of_runs_too(runs_folder):
     [run] = find_runs(runs_folder / "control")
-    assert run.name == "."
+    assert run.name == "control"
 
 
 def test_series_leave_out_what_was_not_finite(runs_folder):
@@ -33,13 +33,13 @@ def test_series_leave_out_what_was_not_finite(runs_folder):
         '{"kind": "eval", "step": 4, "loss": 9}\n'
         '{"kind": "train", "step": 6, "loss": 0.25}\n'
     )
-    run = find_runs(runs_folder)[0]
+    run = find_runs(runs_folder)[1]
     assert run.series("train", "loss") == ([2, 6], [0.5, 0.25])
 
 
 def test_an_unfinished_run_has_no_summary(runs_folder):
     (runs_folder / "control" / "summary.json").unlink()
-    assert find_runs(runs_folder)[0].summary == {}
+    assert find_runs(runs_folder)[1].summary == {}
 
 
 @pytest.mark.parametrize("name", ["config.json", "summary.json"])
