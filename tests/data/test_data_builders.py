@@ -2,9 +2,11 @@
 
 import json
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -166,16 +168,26 @@ def test_prepared_data_are_used_again(tmp_path, monkeypatch):
     assert read(Gsm8k, tmp_path, "train") == [("a", "b")]
 
 
-def _prepare_stories(folder):
-    import os
+class Slow(Gsm8k):
+    """Takes its time and leaves a mark for each preparation."""
 
-    os.environ["DISTILLSPEC_DATA"] = folder
-    return len(base.prepare(ArithmeticStories).as_data_source("tuning"))
+    def pairs(self, split):
+        with open(f"{self.source_dir}/marks", "a") as marks:
+            marks.write(split)
+        time.sleep(2)
+        return super().pairs(split)
+
+
+def _prepare_slowly(folder):
+    os.environ["DISTILLSPEC_DATA"] = f"{folder}/prepared"
+    return len(base.prepare(Slow, folder).as_data_source("train"))
 
 
 def test_two_processes_may_prepare_at_once(tmp_path):
+    jsonl(tmp_path / "train.jsonl", {"question": "a", "answer": "b"})
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        assert pool.map(_prepare_stories, [str(tmp_path)] * 2) == [1_000, 1_000]
+        assert pool.map(_prepare_slowly, [str(tmp_path)] * 2, chunksize=1) == [1, 1]
+    assert (tmp_path / "marks").read_text() == "train"
 
 
 def test_stories_are_read_as_generated():
