@@ -145,7 +145,7 @@ class _Reader:
             raise ValueError("an array is not of the form shape, dtype, bytes")
         shape, name = self._value(MAX_DEPTH - 1), self._value(MAX_DEPTH - 1)
         name = name.decode() if isinstance(name, bytes) else name
-        if not is_sizes(shape) or name not in _DTYPES:
+        if not is_sizes(shape) or not isinstance(name, str) or name not in _DTYPES:
             raise ValueError(f"an array has shape {shape!r:.60} and dtype {name!r:.40}")
         code = self._bytes(1)[0]
         if not 0xC4 <= code <= 0xC6:
