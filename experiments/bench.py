@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from distillspec_jax import zoo
-from distillspec_jax.data import pipeline
-from distillspec_jax.data.examples import take
 from distillspec_jax.data.tasks import Task
+from distillspec_jax.data.vocabulary import Vocabulary
 from distillspec_jax.decoding.autoregressive import Generation, autoregressive_sample
 from distillspec_jax.decoding.lenience import Lenience
 from distillspec_jax.decoding.sampling import Sampling
@@ -43,7 +42,14 @@ class Loaded:
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
 
-def load(path: str, task: Task, *, seed: int = 0) -> Loaded:
+class Speaks(Protocol):
+    """A task, or anything else that fixes what the ids of tokens mean."""
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+
+
+def load(path: str, task: Speaks, *, seed: int = 0) -> Loaded:
     """Loads a model; `seed` is of a preset's fresh parameters.
 
     Raises UserError if it does not speak the task's vocabulary.
@@ -86,19 +92,9 @@ class Prompts:
 
 def read_prompts(task: Task, split: str, count: int) -> Prompts:
     """The first `count` prompts of a split, in order."""
-    examples = task.examples(split)
-    count = min(count, len(examples))
-    chosen = take(examples, range(count))
-    [batch] = pipeline.eval_batches(
-        chosen,
-        task.vocabulary,
-        batch_size=count,
-        input_length=task.input_length,
-        target_length=task.target_length,
-        truncate=task.truncate,
-        input_eos=task.input_eos,
-    )
-    return Prompts(batch.inputs, batch.example_ids, [example.target for example in chosen])
+    examples = task.examples(split)[:count]
+    [batch] = task.eval_batches(split, batch_size=len(examples), count=count)
+    return Prompts(batch.inputs, batch.example_ids, [example.target for example in examples])
 
 
 @dataclasses.dataclass(frozen=True)

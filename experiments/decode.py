@@ -1,0 +1,181 @@
+"""Decodes prompts from a file, from flags or from the terminal, with a draft or without.
+
+    python -m experiments.decode --config=experiments/configs/decode.py --workdir=runs/decode \
+        --prompts=questions.jsonl
+    python -m experiments.decode ... --prompt="Tom has 3 apples ..." --prompt="..."
+    python -m experiments.decode ...                    (reads one prompt a line)
+
+A file is JSONL with the field `input_field`, or plain text with one prompt a line. Texts go to
+`outputs.jsonl`. On a terminal each token has a colour: accepted from the draft, corrected by the
+target, or the target's bonus behind a block that was accepted whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.text import Text
+
+from distillspec_jax.data.examples import Examples
+from distillspec_jax.errors import UserError
+from distillspec_jax.evaluation.intervals import ratio
+from distillspec_jax.progress import Progress
+from experiments import door
+from experiments.decoder import (
+    ORIGINS,
+    STYLES,
+    Answer,
+    DecodeConfig,
+    Decoder,
+    Lines,
+    coloured,
+    read_prompts,
+)
+from experiments.workdir import Workdir, write_json_lines
+
+OUTPUTS, METRICS = "outputs.jsonl", "metrics.jsonl"
+
+_PROMPTS = flags.DEFINE_string("prompts", None, "file of prompts; short for config.prompts")
+_PROMPT = flags.DEFINE_multi_string("prompt", None, "a prompt; short for config.prompt")
+
+
+def main(config: DecodeConfig, workdir: Path) -> None:
+    examples = read_prompts(config)
+    decoder = Decoder(config)
+    if examples is not None:
+        decoder.encode(examples)  # a prompt that is too long is refused before anything is written
+    run = Workdir(workdir, "decode", config)
+    _announce(decoder)
+    answers, batches = (
+        _from_terminal(decoder) if examples is None else _from_examples(decoder, examples)
+    )
+    write_json_lines(run.path / OUTPUTS, [answer.record() for answer in answers])
+    write_json_lines(run.path / METRICS, batches)
+    summary = _summary(config, answers, batches)
+    run.write_summary(summary, seed=config.seed)
+    _say(summary, run.path)
+
+
+def _from_examples(
+    decoder: Decoder, examples: Examples
+) -> tuple[list[Answer], list[dict[str, Any]]]:
+    """All prompts at once; the first batch is decoded twice, the first time to compile."""
+    size = decoder.config.batch_size
+    compile_seconds = -time.perf_counter()
+    decoder(examples[:size])
+    compile_seconds += time.perf_counter()
+    batches: list[dict[str, Any]] = []
+    with Progress("decode", len(examples), unit="prompt") as progress:
+
+        def on_batch(done: int, seconds: float) -> None:
+            batches.append({"kind": "batch", "done": done, "seconds": seconds})
+            progress.update(done)
+
+        answers = decoder(examples, on_batch=on_batch)
+    first = batches[0]
+    batches[0] = {**first, "compile_seconds": max(compile_seconds - first["seconds"], 0.0)}
+    _show(decoder, answers)
+    return answers, batches
+
+
+def _from_terminal(decoder: Decoder) -> tuple[list[Answer], list[dict[str, Any]]]:
+    """One prompt a line until the input ends; a prompt that is too long is told and left out."""
+    answers: list[Answer] = []
+    batches: list[dict[str, Any]] = []
+
+    def on_batch(done: int, seconds: float) -> None:
+        batches.append({"kind": "batch", "done": len(answers) + done, "seconds": seconds})
+
+    for line in _lines_of_terminal():
+        try:
+            prompt = Lines([line], "the prompt", decoder.config.prefix)
+            if not answers:
+                decoder(prompt)  # to compile, outside the clock
+            answers += decoder(prompt, first_id=len(answers), on_batch=on_batch)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        _show(decoder, answers[-1:])
+    if not answers:
+        raise UserError("there was no prompt; give --prompts=FILE, --prompt=TEXT or lines")
+    return answers, batches
+
+
+def _lines_of_terminal() -> Iterator[str]:
+    while True:
+        if sys.stdin.isatty():
+            print("prompt> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line
+
+
+def _announce(decoder: Decoder) -> None:
+    config = decoder.config
+    models = {"target": decoder.target, "draft": decoder.draft}
+    for role, loaded in models.items():
+        if loaded is not None:
+            print(f"{role}: {loaded.path}, {loaded.num_parameters:,} parameters")
+    how = f"gamma {config.gamma}, {config.verification} verification, " if decoder.draft else ""
+    print(f"{how}temperature {config.temperature:g}, up to {config.max_new_tokens} tokens")
+    if decoder.draft is not None:
+        legend = Text("colours: ")
+        for origin, word in ORIGINS.items():
+            legend.append(f"{word} ", STYLES[origin])
+        Console().print(legend)
+
+
+def _show(decoder: Decoder, answers: Sequence[Answer]) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    for answer in answers:
+        console.print(Text(answer.prompt, "dim"))
+        console.print(coloured(answer, decoder.vocabulary))
+
+
+def _summary(
+    config: DecodeConfig, answers: Sequence[Answer], batches: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    rate = sum(len(answer.tokens) for answer in answers) / sum(b["seconds"] for b in batches)
+    about = {"temperature": config.temperature, "num_prompts": len(answers)}
+    if not config.draft:
+        return {**about, "tokens_per_second_target": rate}
+    columns = ("emitted", "calls", "accepted", "tested")
+    counts = {key: np.array([getattr(a, key) for a in answers], np.float64) for key in columns}
+    return {
+        **about,
+        "gamma": config.gamma,
+        "lossless": config.lenience.is_exact,
+        **ratio(counts["emitted"], counts["calls"]).keys("block_efficiency"),
+        **ratio(counts["accepted"], counts["tested"]).keys("acceptance_rate"),
+        "tokens_per_second_speculative": rate,
+    }
+
+
+def _say(summary: dict[str, Any], path: Path) -> None:
+    for key in ("block_efficiency", "acceptance_rate"):
+        if key in summary:
+            low, high = summary[f"{key}_ci95"]
+            print(f"{key}: {summary[key]:.3g} [{low:.3g}, {high:.3g}]")
+    [rate] = (value for key, value in summary.items() if key.startswith("tokens_per_second"))
+    print(f"tokens per second: {rate:,.0f}, {summary['num_prompts']} prompts")
+    print(f"files: {path} ({OUTPUTS}, {METRICS}, summary.json)")
+
+
+def _from_flags(config: DecodeConfig, workdir: Path) -> None:
+    """`main` with the two short flags put into the config."""
+    prompts, prompt = _PROMPTS.value or config.prompts, tuple(_PROMPT.value or config.prompt)
+    main(dataclasses.replace(config, prompts=prompts, prompt=prompt), workdir)
+
+
+if __name__ == "__main__":
+    door.run(_from_flags, DecodeConfig)

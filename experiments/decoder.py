@@ -1,0 +1,228 @@
+"""Prompts into answers: what `decode` does between reading a line and showing a text."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.text import Text
+
+from distillspec_jax.data import pipeline
+from distillspec_jax.data.examples import Example, Examples
+from distillspec_jax.data.jsonl import JsonlExamples
+from distillspec_jax.data.vocabulary import Vocabulary, load_vocabulary
+from distillspec_jax.decoding.autoregressive import autoregressive_sample
+from distillspec_jax.decoding.lenience import Lenience
+from distillspec_jax.decoding.sampling import Sampling
+from distillspec_jax.decoding.speculative import speculative_sample
+from distillspec_jax.decoding.state import ACCEPTED, BONUS, CORRECTED
+from distillspec_jax.errors import UserError
+from distillspec_jax.evaluation.corpus import over_batches
+from experiments.bench import load
+
+ORIGINS = {ACCEPTED: "accepted", CORRECTED: "corrected", BONUS: "bonus"}
+STYLES = {ACCEPTED: "green", CORRECTED: "bold red", BONUS: "bold blue"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """Models, prompts and how to decode them."""
+
+    target: str
+    draft: str = ""  # "": the target alone
+    vocabulary: str = "arithmetic_stories"  # as `load_vocabulary` takes it
+    prompts: str = ""  # file
+    prompt: tuple[str, ...] = ()
+    input_field: str = "input"
+    prefix: str = ""  # before every prompt
+    input_length: int = 40
+    input_eos: bool | None = None  # None: as T5, but not the models of the stories
+    truncate: bool = False
+    max_new_tokens: int = 56
+    gamma: int = 5
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    verification: str = "token"
+    lenience: Lenience = dataclasses.field(default_factory=Lenience)
+    batch_size: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("input_length", "max_new_tokens", "gamma", "batch_size"):
+            if getattr(self, field) < 1:
+                raise UserError(f"config.{field} is {getattr(self, field)}, must be at least 1")
+        if self.prompts and self.prompt:
+            raise UserError("prompts come from a file or from flags: give --prompts or --prompt")
+
+
+class Lines(Examples):
+    """Prompts that are lines of a text; blank ones are left out."""
+
+    def __init__(self, lines: Sequence[str], where: str, prefix: str = "") -> None:
+        numbered = [(number, line.strip()) for number, line in enumerate(lines, 1)]
+        self._lines = [(number, line) for number, line in numbered if line]
+        self._where, self._prefix = where, prefix
+        if not self._lines:
+            raise UserError(f"{where} holds no prompt; every line should be one")
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def take(self, indices: Sequence[int]) -> list[Example]:
+        return [Example(self._prefix + self._lines[index][1], "") for index in indices]
+
+    def where(self, index: int) -> str:
+        return f"{self._where}:{self._lines[index][0]}"
+
+
+def read_prompts(config: DecodeConfig) -> Examples | None:
+    """The prompts of the config; None if they are to be read as they come."""
+    path, prefix = config.prompts, config.prefix
+    if config.prompt:
+        return Lines(config.prompt, "--prompt", prefix)
+    if not path:
+        return None
+    if Path(path).suffix in (".jsonl", ".json"):
+        fields = {"input_field": config.input_field, "target_field": ""}
+        return JsonlExamples(path, prefix=prefix, **fields)
+    try:
+        return Lines(Path(path).read_text("utf-8").splitlines(), path, prefix)
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"there is no file of prompts '{path}'") from None
+    except UnicodeDecodeError:
+        raise UserError(f"'{path}' is not valid UTF-8") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One decoded prompt; the last three are None without a draft.
+
+    tokens: its ids up to the end. origins: how each came to be. calls, tested: target calls and
+    tested tokens.
+    """
+
+    prompt: str
+    output: str
+    tokens: list[int]
+    origins: list[int] | None = None
+    emitted: int | None = None
+    calls: int | None = None
+    accepted: int | None = None
+    tested: int | None = None
+
+    def record(self) -> dict[str, Any]:
+        """The line of `outputs.jsonl`, with origins in words."""
+        fields = {key: value for key, value in vars(self).items() if value is not None}
+        if self.origins is not None:
+            fields["origins"] = [ORIGINS[origin] for origin in self.origins]
+        return fields
+
+
+class Decoder:
+    """Models and settings: prompts in, answers out."""
+
+    def __init__(self, config: DecodeConfig) -> None:
+        self.config = config
+        self.vocabulary: Vocabulary = load_vocabulary(config.vocabulary)
+        self.target = load(config.target, self)
+        self.draft = load(config.draft, self) if config.draft else None
+        self.sampling = Sampling(config.temperature, config.top_k, config.top_p)
+
+    def encode(self, examples: Examples) -> np.ndarray:
+        """[P, S] int32; raises UserError for a prompt that is too long."""
+        config = self.config
+        of_stories = config.vocabulary == "arithmetic_stories"
+        [batch] = pipeline.eval_batches(
+            examples,
+            self.vocabulary,
+            batch_size=len(examples),
+            input_length=config.input_length,
+            target_length=1,
+            truncate=config.truncate,
+            input_eos=not of_stories if config.input_eos is None else config.input_eos,
+        )
+        return np.asarray(batch.inputs)
+
+    def __call__(
+        self,
+        examples: Examples,
+        *,
+        first_id: int = 0,
+        on_batch: Callable[[int, float], None] = lambda done, seconds: None,
+    ) -> list[Answer]:
+        """Decodes prompts in batches; `on_batch` is told how many are done, and a batch's time."""
+        began = time.perf_counter()
+
+        def on_rows(done: int) -> None:
+            nonlocal began
+            now = time.perf_counter()
+            on_batch(done, now - began)
+            began = now
+
+        row_ids = first_id + np.arange(len(examples))
+        inputs = self.encode(examples)
+        size = self.config.batch_size
+        output = over_batches(self._batch, row_ids, inputs, batch_size=size, on_rows=on_rows)
+        prompts = [example.input for example in examples]
+        return [self._answer(prompt, output, row) for row, prompt in enumerate(prompts)]
+
+    def _batch(self, row_ids: jax.Array, inputs: jax.Array) -> Any:
+        config, key = self.config, jax.random.key(self.config.seed)
+        if self.draft is None:
+            return autoregressive_sample(
+                self.target.model,
+                self.target.params,
+                inputs,
+                key,
+                sampling=self.sampling,
+                max_new_tokens=config.max_new_tokens,
+                row_ids=row_ids,
+            )
+        return speculative_sample(
+            self.target.model,
+            self.target.params,
+            self.draft.model,
+            self.draft.params,
+            inputs,
+            key,
+            gamma=config.gamma,
+            max_new_tokens=config.max_new_tokens,
+            sampling=self.sampling,
+            verification=config.verification,
+            lenience=None if config.lenience.is_exact else config.lenience,
+            row_ids=row_ids,
+        )
+
+    def _answer(self, prompt: str, output: Any, row: int) -> Answer:
+        length = int(output.lengths[row])
+        tokens = output.tokens[row, :length].tolist()
+        text = self.vocabulary.decode(tokens)
+        if self.draft is None:
+            return Answer(prompt, text, tokens)
+        statistics = output.statistics
+        return Answer(
+            prompt,
+            text,
+            tokens,
+            origins=output.origins[row, :length].tolist(),
+            emitted=int(statistics.emitted[row]),
+            calls=int(statistics.target_calls[row]),
+            accepted=int(statistics.accepted[row]),
+            tested=int(statistics.tested[row]),
+        )
+
+
+def coloured(answer: Answer, vocabulary: Vocabulary) -> Text:
+    """The text with each token in the colour of its origin."""
+    text, shown = Text(), ""
+    for count, origin in enumerate(answer.origins or [], 1):
+        longer = vocabulary.decode(answer.tokens[:count])
+        text.append(longer[len(shown) :], STYLES[origin])
+        shown = longer
+    return text if answer.origins else Text(answer.output)
