@@ -59,6 +59,23 @@ def run(main: Callable[[Any, Path], int | None], config_class: type) -> None:
     app.run(start, flags_parser=parse)
 
 
+def run_flags(main: Callable[[], int | None]) -> None:
+    """The same for an entrypoint that has flags of its own in place of a config and a workdir."""
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        return _or_exit(lambda: _parsed(argv))
+
+    def start(argv: Sequence[str]) -> None:
+        _enable_compilation_cache()
+        absl_logging.set_verbosity(absl_logging.FATAL)
+        if len(argv) > 1:
+            print(f"error: '{argv[1]}' is not a flag; see --help", file=sys.stderr)
+            sys.exit(BAD_INPUT)
+        sys.exit(_or_exit(main))
+
+    app.run(start, flags_parser=parse)
+
+
 def _or_exit(action: Callable[[], Any]) -> Any:
     try:
         return action()
@@ -76,12 +93,7 @@ def _parse_flags(argv: Sequence[str], config_class: type) -> list[str]:
     if not any(re.match(r"--?help", arg) for arg in argv):
         _check_overrides(argv, config_class)
     flags.FLAGS["config"].parser = _ConfigParser(config_class)
-    try:
-        rest = flags.FLAGS(argv)
-    except flags.Error as error:
-        if isinstance(error.__context__, UserError):  # absl wraps what a parser raises
-            raise error.__context__ from None
-        raise UserError(f"bad flags: {' '.join(str(error).split())}") from error
+    rest = _parsed(argv)
     needs_config = any(
         _default(field, None) is dataclasses.MISSING for field in dataclasses.fields(config_class)
     )
@@ -92,6 +104,15 @@ def _parse_flags(argv: Sequence[str], config_class: type) -> list[str]:
     if len(rest) > 1:
         raise UserError(f"'{rest[1]}' is not a flag; flags are --config, --config.KEY, --workdir")
     return rest
+
+
+def _parsed(argv: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        if isinstance(error.__context__, UserError):  # absl wraps what a parser raises
+            raise error.__context__ from None
+        raise UserError(f"bad flags: {' '.join(str(error).split())}") from error
 
 
 class _ConfigParser(flags.ArgumentParser):

@@ -78,6 +78,12 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", "utf-8")
 
 
+def refuse_existing(path: Path) -> None:
+    """Raises UserError if `path` is there and is not an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists already and is not an empty folder; choose another place")
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder beside `path` that becomes `path` when the block ends well.
@@ -85,8 +91,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises UserError, before anything is written, if `path` is there and is not an empty folder.
     """
     path = path.absolute()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} exists already and is not an empty folder; choose another place")
+    refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

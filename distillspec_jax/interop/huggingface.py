@@ -7,8 +7,7 @@ read, and files that could run code (pickles) are refused.
 from __future__ import annotations
 
 import itertools
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -174,14 +173,14 @@ def save(
     folder: str | Path,
     *,
     dtype: str = "float32",
-    tokenizer: Sequence[Path] = (),
+    extra_files: Mapping[str, bytes] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes a folder for transformers' T5ForConditionalGeneration, whole or not at all.
 
     Args:
       dtype: of the stored tensors; float32 keeps every bit.
-      tokenizer: files to copy beside the weights.
+      extra_files: what else belongs there by name, a tokenizer for one.
       max_shard_bytes: a file of weights is begun anew past this size.
     """
     config, generation = huggingface_config.write(model.config, dtype)
@@ -202,8 +201,8 @@ def save(
             write_json(temporary / INDEX, _index(shards))
         write_json(temporary / "config.json", config)
         write_json(temporary / "generation_config.json", generation)
-        for file in tokenizer:
-            shutil.copyfile(file, temporary / file.name)
+        for name, content in (extra_files or {}).items():
+            (temporary / name).write_bytes(content)
 
 
 def _arrays(config: ModelConfig, params: Any, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:

@@ -78,7 +78,7 @@ def _tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 def inputs(config: Mapping[str, Any], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sources [3, 31] of lengths 31, 1 and one between, right-padded, and decoder inputs [3, 29]."""
+    """Sources [3, 31] of lengths 31, 1 and one between, padded; and decoder inputs [3, 29]."""
     rng = np.random.default_rng([seed, 1])
     pad, start = config["pad_token_id"], config["decoder_start_token_id"]
     real = np.setdiff1d(np.arange(2, config["vocab_size"]), [pad])

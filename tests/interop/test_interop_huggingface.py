@@ -45,7 +45,7 @@ def refused(folder, message):
 
 @pytest.mark.parametrize("index", ALL_CASES)
 def test_round_trip_is_bit_exact(tmp_path, make_folder, index):
-    described, tensors = make_folder(tmp_path / "in", index)
+    _, tensors = make_folder(tmp_path / "in", index)
     model, params = zoo.load(tmp_path / "in")
     huggingface.save(model, params, tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")

@@ -60,8 +60,8 @@ def test_the_library_reads_what_we_write(tmp_path, tensors):
 
 def test_writing_refuses_an_array_that_the_header_did_not_promise(tmp_path):
     infos = {"a": TensorInfo((2,), np.dtype(np.float32))}
+    wrong = iter([("a", np.zeros(3, np.float32))])
     with pytest.raises(ValueError, match="promised"):
-        wrong = iter([("a", np.zeros(3, np.float32))])
         safetensors_files.write(tmp_path / "x", infos, wrong, {})
 
 
@@ -128,10 +128,10 @@ def test_a_file_that_shrinks_after_opening_is_refused(tmp_path, tensors):
     path = tmp_path / "x.safetensors"
     save_file(tensors, path)
     file = SafetensorsFile(path)
+    last = max(file.tensors, key=lambda name: file.tensors[name].begin)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match="ends within"):
-        for name in tensors:
-            file.read(name)
+        file.read(last)
 
 
 def mutate(rng, data):

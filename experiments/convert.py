@@ -1,0 +1,126 @@
+"""Converts a model between Hugging Face, T5X, Orbax and this project's own folders.
+
+    python -m experiments.convert --from=flan-t5-small --to=target --format=native --verify
+    python -m experiments.convert --from=runs/distill --to=draft --format=huggingface \
+        --tokenizer=flan-t5-small
+
+`--from` is whatever `zoo.load` takes: a folder or checkpoint of any of these kinds, a run's
+workdir, a preset. With layers or sizes it also makes a draft out of a target:
+
+    python -m experiments.convert --from=flan-t5-base --to=draft --encoder_layers=0,5,11 \
+        --decoder_layers=0,11 --d_ff=1024
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from distillspec_jax import zoo
+from distillspec_jax.errors import UserError, unknown_name
+from distillspec_jax.interop import huggingface, layout, native, orbax
+from distillspec_jax.interop.folders import refuse_existing
+from distillspec_jax.interop.slim import slim
+from distillspec_jax.models.transformer import Transformer, score
+from experiments import door, tokenizers
+
+FORMATS = ("huggingface", "native", "orbax")
+_OWN_KEYS = ("model", "path", "kind", "name", "versions", "format")  # not the model maker's words
+_FROM = flags.DEFINE_string("from", None, "model to read: a path or a name of the zoo")
+_TO = flags.DEFINE_string("to", None, "folder to write; it must not exist or be empty")
+_FORMAT = flags.DEFINE_string("format", "huggingface", f"of the folder: {', '.join(FORMATS)}")
+_DTYPE = flags.DEFINE_string("dtype", "float32", "of stored weights: float32, bfloat16, float16")
+_VERIFY = flags.DEFINE_bool("verify", False, "run both sides and print the largest difference")
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "Hugging Face folder or SentencePiece file to put beside the weights"
+)
+_LAYERS = {
+    f"{stack}_layers": flags.DEFINE_list(
+        f"{stack}_layers", None, f"layers of the {stack} to keep, as 0,5,11"
+    )
+    for stack in ("encoder", "decoder")
+}
+_SIZES = {
+    field: flags.DEFINE_integer(field, None, f"{what} to keep, the largest by weight")
+    for field, what in (
+        ("d_model", "width"),
+        ("num_heads", "attention heads"),
+        ("d_ff", "MLP units"),
+    )
+}
+
+
+def main() -> None:
+    source, folder = _checked_flags()
+    found = zoo.describe(source)
+    model, params = zoo.load(source)
+    print(f"{source}: {found['kind']}, {layout.num_parameters(model.config):,} parameters")
+    kept = {layers: _numbers(flag) for layers, flag in _LAYERS.items()}
+    sizes = {field: flag.value for field, flag in _SIZES.items()}
+    card = {key: value for key, value in found.items() if key not in _OWN_KEYS}
+    if any(value is not None for value in (kept | sizes).values()):
+        model, params = slim(model, params, name=folder.name, **kept, **sizes)  # type: ignore[arg-type]
+        card = {key: value for key, value in card.items() if key.startswith("vocabulary_")}
+        print(f"cut to {layout.num_parameters(model.config):,} parameters")
+    _write(model, params, folder, found, card | {"converted_from": source})
+    print(f"{folder}: {_FORMAT.value}, {_DTYPE.value}")
+    if _VERIFY.value:
+        _verify(model, params, folder)
+
+
+def _checked_flags() -> tuple[str, Path]:
+    """`--from` and `--to`; all that can be refused before anything is read."""
+    if not _FROM.value or not _TO.value:
+        raise UserError("--from=MODEL and --to=FOLDER are needed; see --help")
+    if _FORMAT.value not in FORMATS:
+        raise unknown_name("format", str(_FORMAT.value), FORMATS, "--format")
+    if _DTYPE.value not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype={_DTYPE.value} must be float32, bfloat16 or float16")
+    if _FORMAT.value == "orbax" and _DTYPE.value != "float32":
+        raise UserError("an Orbax checkpoint of this project holds float32; leave --dtype out")
+    refuse_existing(Path(_TO.value))
+    return _FROM.value, Path(_TO.value)
+
+
+def _numbers(flag: flags.FlagHolder) -> Sequence[int] | None:
+    if flag.value is None:
+        return None
+    if not all(each.strip().isdigit() for each in flag.value):
+        raise UserError(f"--{flag.name}={','.join(flag.value)} must be numbers, as 0,5,11")
+    return [int(each) for each in flag.value]
+
+
+def _write(
+    model: Transformer, params: Any, folder: Path, found: dict[str, Any], card: dict[str, Any]
+) -> None:
+    if _FORMAT.value == "native":
+        native.save(model, params, folder, card, dtype=str(_DTYPE.value))
+    elif _FORMAT.value == "orbax":
+        orbax.save(model, params, folder, card)
+    else:
+        files = tokenizers.files_for(_TOKENIZER.value, found)
+        if not files:
+            print("no tokenizer is known for this model; --tokenizer=FOLDER puts one beside it")
+        huggingface.save(model, params, folder, dtype=str(_DTYPE.value), extra_files=files)
+
+
+def _verify(model: Transformer, params: Any, folder: Path) -> None:
+    """Runs a forward pass of both sides on the same tokens."""
+    written, written_params = zoo.load(folder.absolute())
+    rng, pieces = np.random.default_rng(0), model.config.num_pieces
+    inputs, targets = (rng.integers(2, pieces, (2, length), np.int32) for length in (23, 17))
+    ours = np.asarray(jax.jit(score, static_argnums=0)(model, params, inputs, targets))
+    theirs = np.asarray(jax.jit(score, static_argnums=0)(written, written_params, inputs, targets))
+    kept = min(pieces, written.config.num_pieces)
+    difference = np.abs(ours[..., :kept] - theirs[..., :kept]).max()
+    relative = difference / np.abs(ours[..., :kept]).max()
+    print(f"largest difference of logits: {difference:.3g} ({relative:.2g} of the largest logit)")
+
+
+if __name__ == "__main__":
+    door.run_flags(main)

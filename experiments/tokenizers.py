@@ -1,0 +1,65 @@
+"""The tokenizer files that belong beside a model exported for transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distillspec_jax.data.vocabulary import ARITHMETIC_STORIES, Vocabulary, load_vocabulary
+from distillspec_jax.errors import UserError
+from distillspec_jax.interop.folders import contained_file
+from distillspec_jax.interop.huggingface import TOKENIZER_FILES
+
+
+def files_for(given: str | None, found: Mapping[str, Any]) -> dict[str, bytes]:
+    """Name -> content; empty if no tokenizer is known.
+
+    Args:
+      given: a Hugging Face folder or a SentencePiece `.model` file; None takes what lies beside
+        the model, or the packaged vocabulary if the model was trained with it.
+      found: what `zoo.describe` says of the model.
+    Raises:
+      UserError if the tokenizer's pieces are not those that the model was trained with.
+    """
+    if given is not None:
+        return _checked(given, load_vocabulary(given), found)
+    if found["kind"] == "huggingface":
+        return _of_folder(Path(found["path"]))
+    stories = load_vocabulary("arithmetic_stories")
+    if found.get("vocabulary_fingerprint") == stories.fingerprint:
+        return _of_model(ARITHMETIC_STORIES, stories)
+    return {}
+
+
+def _checked(given: str, vocabulary: Vocabulary, found: Mapping[str, Any]) -> dict[str, bytes]:
+    stored = found.get("vocabulary_fingerprint")
+    if stored is not None and stored != vocabulary.fingerprint:
+        raise UserError(f"--tokenizer={given} has other pieces than the model was trained with")
+    if vocabulary.size > found["model"]["vocab_size"]:
+        raise UserError(
+            f"--tokenizer={given} has {vocabulary.size} pieces, the model only "
+            f"{found['model']['vocab_size']} rows"
+        )
+    if Path(given).is_dir():
+        return _of_folder(Path(given))
+    return _of_model(Path(given), vocabulary)
+
+
+def _of_folder(folder: Path) -> dict[str, bytes]:
+    there = [name for name in TOKENIZER_FILES if (folder / name).exists()]
+    return {name: contained_file(folder, name).read_bytes() for name in there}
+
+
+def _of_model(model: Path, vocabulary: Vocabulary) -> dict[str, bytes]:
+    """A SentencePiece file as transformers' T5Tokenizer wants it."""
+    settings = {
+        "tokenizer_class": "T5Tokenizer",
+        "extra_ids": sum(piece.startswith("<extra_id_") for piece in vocabulary.pieces),
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    name = "tokenizer.json" if model.suffix == ".json" else "spiece.model"
+    return {name: model.read_bytes(), "tokenizer_config.json": json.dumps(settings).encode()}
