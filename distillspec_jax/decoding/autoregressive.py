@@ -107,7 +107,7 @@ def autoregressive_sample(
     rng: jax.Array,
     *,
     sampling: Sampling = STANDARD,
-    max_new_tokens: int,
+    max_new_tokens: int = 128,
     row_ids: jax.Array | None = None,
 ) -> Generation:
     """`generate`, compiled once per shape, with its input and its output checked on the host.

@@ -15,7 +15,8 @@ Conventions (arXiv 2310.08461; 2211.17192):
   changes acceptance; `emitted` counts before that cut, `lengths` after it. So block efficiency
   tau = sum(emitted) / sum(target_calls) has no edge effect of the limit, and 1 <= tau <= gamma + 1.
 - A drafted token is tested if all before it in its block were accepted. Counted acceptance rate:
-  alpha = sum(accepted) / sum(tested). The bonus token is neither drafted nor tested.
+  alpha = sum(accepted) / sum(tested). The bonus token is neither drafted nor tested. Of several
+  drafts the one that was followed counts, and a token is accepted if that draft holds it.
 - Reading the prompt is not a target call. The start token of a decoder is not emitted.
 """
 
@@ -63,7 +64,7 @@ def speculative_sample(
     rng: jax.Array,
     *,
     gamma: int,
-    max_new_tokens: int,
+    max_new_tokens: int = 128,
     sampling: Sampling = STANDARD,
     draft_sampling: Sampling | None = None,
     verification: str = "token",

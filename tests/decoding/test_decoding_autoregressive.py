@@ -1,0 +1,99 @@
+"""Plain decoding of tiny models of both kinds."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from distillspec_jax.decoding import autoregressive
+from distillspec_jax.decoding.autoregressive import autoregressive_sample
+from distillspec_jax.decoding.keys import position_uniforms, row_keys
+from distillspec_jax.decoding.sampling import Sampling, inverse_cdf, process
+from distillspec_jax.errors import UserError
+from distillspec_jax.models.transformer import score
+
+LIMIT = 11
+RNG = jax.random.key(3)
+SAMPLING = Sampling(0.8, top_k=6)
+
+
+def sample(pair, inputs, **settings):
+    settings = {"sampling": SAMPLING, "max_new_tokens": LIMIT, **settings}
+    out = autoregressive_sample(pair.target, pair.target_params, inputs, RNG, **settings)
+    return jax.tree.map(np.asarray, out)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def full_forward(model, params, inputs, targets, sampling):
+    """The token that each position's uniform picks, teacher-forced."""
+    probs = process(score(model, params, inputs, targets), sampling)
+    keys = row_keys(RNG, jnp.arange(len(inputs)))
+    return inverse_cdf(probs, position_uniforms(keys, LIMIT))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), SAMPLING], ids=["greedy", "sampled"])
+def test_every_token_is_what_the_full_forward_pass_gives(pair, prompts, sampling):
+    out = sample(pair, prompts, sampling=sampling)
+    arguments = (pair.target, pair.target_params, prompts, out.tokens, sampling)
+    is_text = np.arange(LIMIT) < out.lengths[:, None]
+    assert (out.tokens == np.asarray(full_forward(*arguments)))[is_text].all()
+
+
+def test_texts_end_with_their_end_of_sequence(pair, prompts):
+    out = sample(pair, prompts)
+    tokens, lengths, finished = out.tokens, out.lengths, out.finished
+    eos = tokens == pair.target.config.eos_id
+    assert (finished == eos.any(axis=1)).all()
+    assert finished.any()
+    assert not finished.all()
+    assert (lengths == np.where(finished, eos.argmax(axis=1) + 1, LIMIT)).all()
+    assert (tokens[np.arange(LIMIT) >= lengths[:, None]] == pair.target.config.pad_id).all()
+
+
+def test_a_row_does_not_depend_on_its_batch(pair, prompts):
+    whole = sample(pair, prompts)
+    rows = np.array([17, 4, 29])
+    padded = np.pad(prompts[rows], ((0, 0), (0, 3)))
+    part = sample(pair, padded, row_ids=rows)
+    np.testing.assert_array_equal(part.tokens, whole.tokens[rows])
+    alone = sample(pair, prompts[4:5, :5], row_ids=np.array([4]))
+    np.testing.assert_array_equal(alone.tokens[0], whole.tokens[4])
+
+
+def test_a_longer_limit_continues_the_same_text(pair, prompts):
+    short, long = sample(pair, prompts, max_new_tokens=5), sample(pair, prompts)
+    np.testing.assert_array_equal(short.tokens, long.tokens[:, :5])
+
+
+def test_rows_with_a_negative_id_stay_empty(pair, prompts):
+    inputs = np.where(np.arange(5)[:, None] == 3, 0, prompts[:5])
+    out = sample(pair, inputs, row_ids=np.array([0, 1, 2, -1, 4]))
+    assert int(out.lengths[3]) == 0
+    assert not out.tokens[3].any()
+    np.testing.assert_array_equal(out.tokens[4], sample(pair, prompts).tokens[4])
+
+
+def test_calls_of_equal_shape_compile_once(pair, prompts):
+    before = autoregressive._compiled_generate._cache_size()
+    for seed in range(3):
+        inputs, ids = np.roll(prompts, seed, axis=0), np.arange(len(prompts)) + seed
+        sample(pair, inputs, row_ids=ids, max_new_tokens=7)
+    assert autoregressive._compiled_generate._cache_size() == before + 1
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), SAMPLING], ids=["greedy", "sampled"])
+def test_nan_in_the_weights_is_an_error_at_once(pair, prompts, spoil, sampling):
+    broken = pair._replace(target_params=spoil(pair.target_params))
+    with pytest.raises(UserError, match="'target' gave NaN logits"):
+        sample(broken, prompts, sampling=sampling)
+
+
+def test_bad_requests_are_refused(pair, prompts):
+    with pytest.raises(UserError, match="max_new_tokens is 0"):
+        sample(pair, prompts, max_new_tokens=0)
+    with pytest.raises(UserError, match="empty prompt in row 1, 2"):
+        sample(pair, np.array([[3, 4], [0, 0], [0, 0]], np.int32))
+    with pytest.raises(UserError, match=r"shape \(3,\)"):
+        sample(pair, np.array([3, 4, 5], np.int32))
