@@ -219,7 +219,7 @@ def refused(result, words):
         ("finetune", {"task__name": "jsonnl"}, "did you mean 'jsonl'"),
         ("finetune", {"train_split": "trian"}, "did you mean 'train'"),
         ("finetune", {"model": "cpu_targt"}, "did you mean 'cpu_target'"),
-        ("finetune", {"model": "./nowhere"}, "no model at './nowhere'"),
+        ("finetune", {"model": "nowhere/run"}, "no model at 'nowhere/run'"),
         ("finetune", {"model": "FOREIGN"}, "another vocabulary"),
         ("finetune", {"task__target_field": ""}, "no references to learn from"),
         ("finetune", {"optimizer__name": "adam"}, "did you mean 'adamw'"),

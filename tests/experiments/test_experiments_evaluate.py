@@ -1,0 +1,293 @@
+"""evaluate from the config to the files: its keys, that its figures agree, and bad input."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from distillspec_jax import zoo
+from distillspec_jax.data.tasks import TaskConfig
+from distillspec_jax.decoding.block_length import tune
+from distillspec_jax.evaluation import latency
+from experiments import evaluate, measuring
+from experiments.evaluate import DraftConfig, EvaluateConfig
+
+FIXED = (
+    *("acceptance_rate", "block_efficiency", "gamma", "temperature", "cost_ratio"),
+    *("tokens_per_second_target", "tokens_per_second_speculative", "speedup_wall_clock"),
+    *("speedup_predicted", "quality_metric", "quality", "num_prompts", "seed"),
+)
+SAMPLED = (
+    *("acceptance_rate", "block_efficiency", "tokens_per_second_target", "quality"),
+    *("tokens_per_second_speculative", "speedup_wall_clock"),
+)
+
+
+@pytest.fixture(scope="module")
+def config(stories, models):
+    """Two drafts, one of them with two seeds; the validation stories stand for every split."""
+    return EvaluateConfig(
+        target=str(models / "target"),
+        drafts=(
+            DraftConfig(name="finetuned", path=str(models / "draft")),
+            DraftConfig(name="distilled", path=str(models / "target"), seed=0),
+            DraftConfig(name="distilled", path=str(models / "draft"), seed=1),
+        ),
+        task=TaskConfig(
+            name="jsonl",
+            vocabulary="arithmetic_stories",
+            validation_file=str(stories / "validation.jsonl"),
+            input_length=41,
+            target_length=57,
+            metric="exact_match_number",
+        ),
+        split="validation",
+        tuning_split="validation[:3]",
+        max_new_tokens=9,
+        gammas=(3,),
+        gamma_grid=(2,),
+        batch_size=4,
+        timed_prompts=2,
+        timed_repeats=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def workdir(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "evaluation"
+    evaluate.main(config, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def summary(workdir):
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def test_every_row_and_the_headline_have_the_fixed_keys(summary):
+    rows = summary["drafts"]
+    # two temperatures, gamma 3 and the chosen 2, three drafts
+    assert len(rows) == 2 * 2 * 3
+    assert {row["name"] for row in rows} == {"finetuned", "distilled"}
+    for row in [*rows, summary]:
+        assert set(FIXED) <= set(row), set(FIXED) - set(row)
+        for key in SAMPLED:
+            low, high = row[f"{key}_ci95"]
+            assert low <= row[key] <= high
+    assert {"jax_version", "flax_version", "device_kind", "device_count"} <= set(summary)
+    assert (summary["name"], summary["gamma"], summary["temperature"]) == ("distilled", 3, 0)
+
+
+def test_figures_of_a_row_agree_with_each_other(summary):
+    for row in [*summary["drafts"], *summary["pooled"]]:
+        gamma, tau = row["gamma"], row["block_efficiency"]
+        assert 1 <= tau <= gamma + 1
+        c, v = row["cost_ratio"], row["verification_cost"]
+        assert row["speedup_predicted"] == pytest.approx(tau / (c * gamma + 1))
+        assert row["speedup_predicted_verification"] == pytest.approx(tau / (c * gamma + v))
+        # fresh models rarely end a text: the limit alone tells counting from reading the texts
+        assert row["acceptance_rate_blocks"] == pytest.approx(row["acceptance_rate"], abs=0.1)
+        assert len(row["accepted_histogram"]) == gamma + 1
+        assert row["num_prompts"] == 7
+        assert row["lossless"] is True
+
+
+def test_the_target_as_its_own_draft_is_accepted_whole(summary):
+    [row] = [
+        row
+        for row in summary["drafts"]
+        if (row["name"], row["seed"], row["temperature"], row["gamma"]) == ("distilled", 0, 1, 3)
+    ]
+    assert row["acceptance_rate"] == row["acceptance_rate_overlap"] == pytest.approx(1)
+    assert row["memory_bound_speedup"] == pytest.approx(row["block_efficiency"] / 4)
+
+
+def test_greedy_texts_equal_plain_decoding(summary):
+    for row in summary["drafts"]:
+        if row["temperature"] == 0:
+            assert row["greedy_mismatches"] == 0
+        else:
+            assert "greedy_mismatches" not in row
+
+
+def test_seeds_are_pooled(summary):
+    [pooled] = [
+        row
+        for row in summary["pooled"]
+        if (row["name"], row["temperature"], row["gamma"]) == ("distilled", 1, 3)
+    ]
+    each = [
+        row
+        for row in summary["drafts"]
+        if (row["name"], row["temperature"], row["gamma"]) == ("distilled", 1, 3)
+    ]
+    assert pooled["seeds"] == [row["seed"] for row in each] == [0, 1]
+    low, high = sorted(row["block_efficiency"] for row in each)
+    assert low < pooled["block_efficiency"] < high
+    histograms = np.array([row["accepted_histogram"] for row in each])
+    assert pooled["accepted_histogram"] == histograms.sum(0).tolist()
+
+
+def test_gains_are_ratios_of_the_rows(summary):
+    gains = [row for row in summary["gains"] if row["figure"] == "block_efficiency"]
+    assert [(row["name"], row["over"], row["gamma"]) for row in gains] == [
+        ("distilled", "finetuned", 3)
+    ] * 2
+    for gain in gains:
+        taus = {
+            row["name"]: row["block_efficiency"]
+            for row in summary["pooled"]
+            if (row["temperature"], row["gamma"]) == (gain["temperature"], 3)
+        }
+        assert gain["gain"] == pytest.approx(taus["distilled"] / taus["finetuned"])
+        key = f"block_efficiency_over_finetuned_t{gain['temperature']:g}"
+        assert summary[key] == gain["gain"]
+        assert summary[f"{key}_ci95"] == gain["gain_ci95"]
+    assert [row["gamma"] for row in summary["gains"] if row["figure"] == "tokens_per_second"] == [
+        2,
+        2,
+    ]
+
+
+def test_records_hold_curves_tuning_and_rows(workdir, summary):
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    kinds = [record["kind"] for record in records]
+    assert kinds.count("tune") == 2 * 2
+    assert kinds.count("curve") == 2 * 2 * 2
+    assert kinds.count("draft") == len(summary["drafts"])
+
+
+def test_started_again_it_keeps_what_it_has(config, workdir, monkeypatch, capsys):
+    before = (workdir / "summary.json").read_bytes()
+    monkeypatch.setattr(measuring, "measure", lambda bench: pytest.fail("measured again"))
+    evaluate.main(config, workdir)
+    assert (workdir / "summary.json").read_bytes() == before
+    out = capsys.readouterr().out
+    assert "kept:" in out
+    assert "distilled, T = 0, gamma 3: acceptance_rate" in out
+
+
+def test_other_weights_are_measured_again(config, workdir, monkeypatch, tmp_path):
+    """The path of a draft may be the same while its run has gone on."""
+    (tmp_path / "config.json").write_bytes((workdir / "config.json").read_bytes())
+    summary = json.loads((workdir / "summary.json").read_text())
+    summary["weights"]["distilled, seed 1"][0] += 0.5
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+
+    class MeasuredError(Exception):
+        pass
+
+    def measure(bench):
+        raise MeasuredError
+
+    monkeypatch.setattr(measuring, "measure", measure)
+    with pytest.raises(MeasuredError):
+        evaluate.main(config, tmp_path)
+
+
+def test_the_gamma_that_is_timed_is_the_tuner_s_choice(config, monkeypatch, tmp_path):
+    """Costs that forbid long blocks make it choose the short one, and the other way round."""
+    changed = dataclasses.replace(
+        config, temperatures=(1.0,), drafts=config.drafts[:1], timed_prompts=0, gamma_grid=(1, 5)
+    )
+    for draft_step, expected in ((1e-9, 5), (9.0, 1)):
+        costs = latency.StepCosts(draft_step, 1.0, {1: 1.0, 3: 1.0, 5: 1.0})
+        monkeypatch.setattr(latency, "step_costs", lambda *_, costs=costs: costs)
+        folder = tmp_path / str(expected)
+        evaluate.main(changed, folder)
+        summary = json.loads((folder / "summary.json").read_text())
+        assert [row["gamma"] for row in summary["drafts"]] == [3, expected]
+        assert "speedup_wall_clock" not in summary
+        records = (folder / "metrics.jsonl").read_text().splitlines()
+        curve = {
+            row["gamma"]: row["block_efficiency_path"]
+            for row in map(json.loads, records)
+            if row["kind"] == "tune"
+        }
+        assert tune(curve, draft_step, {1: 1.0, 5: 1.0}).gamma == expected
+
+
+def test_lossy_rows_are_marked_and_none_is_greedy(config, tmp_path):
+    changed = dataclasses.replace(
+        config, lenience=(1.0, 0.3), drafts=config.drafts[:1], timed_prompts=0, tune=False
+    )
+    evaluate.main(changed, tmp_path / "run")
+    rows = json.loads((tmp_path / "run" / "summary.json").read_text())["drafts"]
+    assert [(row["temperature"], row["lenience"]) for row in rows] == [(0, 1), (1, 1), (1, 0.3)]
+    assert [row["lossless"] for row in rows] == [True, True, False]
+    assert rows[2]["acceptance_rate"] > rows[1]["acceptance_rate"]
+    assert "acceptance_rate_overlap" not in rows[2]
+    assert "block_efficiency_path_ci95" not in rows[2]
+
+
+@pytest.fixture
+def file_of(tmp_path, config):
+    """Writes a config file of `config` with some keys changed; returns its path."""
+
+    def write(**changes):
+        values = {**dataclasses.asdict(config), **changes}
+        path = tmp_path / "evaluate.py"
+        path.write_text(
+            "from ml_collections import ConfigDict\n"
+            f"def get_config():\n    return ConfigDict({values!r})\n"
+        )
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"drafts": ()}, "config.drafts is empty"),
+        ({"gammas": (3, 0)}, "config.gammas is 0, must be at least 1"),
+        ({"num_prompts": 0}, "config.num_prompts is 0"),
+        ({"batchsize": 8}, "did you mean 'config.batch_size'"),
+        ({"temperatures": (1.0, -2.0)}, "temperature is -2.0; it must be 0"),
+        ({"split": "validatoin"}, "did you mean 'validation'"),
+        ({"verification": "blok"}, "did you mean 'block'"),
+        ({"lenience_kind": "expontial"}, "did you mean 'exponential'"),
+        ({"lenience": (0.0,)}, "lenience is 0.0; it must be in (0, 1]"),
+        ({"target": "nowhere/target"}, "no model at 'nowhere/target'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_written(enter, file_of, tmp_path, changes, words):
+    folder = tmp_path / "run"
+    arguments = f"--config={file_of(**changes)}", f"--workdir={folder}"
+    code, _, err = enter(evaluate.main, EvaluateConfig, *arguments)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert words in err
+    assert err.count("\n") == 1
+    assert not folder.exists()
+
+
+def test_a_foreign_draft_is_refused(enter, file_of, models, tmp_path):
+    drafts = ({"name": "foreign", "path": str(models / "foreign")},)
+    arguments = f"--config={file_of(drafts=drafts)}", f"--workdir={tmp_path / 'run'}"
+    code, _, err = enter(evaluate.main, EvaluateConfig, *arguments)
+    assert code == 2
+    assert "was trained with another vocabulary" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("seeds", "words"),
+    [
+        ([("a", 0), ("a", 0)], "names a draft twice with one seed"),
+        ([("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1)], "different numbers of seeds"),
+    ],
+)
+def test_seeds_must_fit(enter, file_of, models, tmp_path, seeds, words):
+    path = str(models / "draft")
+    drafts = tuple({"name": name, "path": path, "seed": seed} for name, seed in seeds)
+    arguments = f"--config={file_of(drafts=drafts)}", f"--workdir={tmp_path / 'run'}"
+    code, _, err = enter(evaluate.main, EvaluateConfig, *arguments)
+    assert code == 2
+    assert words in err
+
+
+def test_packaged_names_are_models_too():
+    """The config of the quickstart names models by what the package calls them."""
+    assert zoo.find("cpu_draft").kind == "preset"
