@@ -1,5 +1,6 @@
 """Settings for the whole suite: eight virtual devices, rank promotion is an error."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -11,7 +12,24 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+PEERS = ("torch", "transformers")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the long checks, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    absent = [name for name in PEERS if importlib.util.find_spec(name) is None]
+    skips = {}
+    if not config.getoption("--slow"):
+        skips["slow"] = "a long check: run with --slow"
+    if absent:
+        skips["peers"] = f"needs {' and '.join(absent)}: pip install -e .[peers]"
+    for item in items:
+        for mark in skips.keys() & {mark.name for mark in item.iter_markers()}:
+            item.add_marker(pytest.mark.skip(reason=skips[mark]))
 
 
 @pytest.fixture(scope="session")

@@ -190,7 +190,7 @@ def save(
         for leaf in layout.leaves(model.config)
         for part in leaf.parts
     }
-    shards = _shards(infos, max_shard_bytes)
+    shards = split_into_shards(infos, max_shard_bytes)
     arrays = _arrays(model.config, params, stored)
     with new_folder(Path(folder)) as temporary:
         for name, shard in shards.items():
@@ -213,8 +213,10 @@ def _arrays(config: ModelConfig, params: Any, dtype: np.dtype) -> Iterator[tuple
             yield part.huggingface, (matrix.T if part.transposed else matrix).astype(dtype)
 
 
-def _shards(infos: Mapping[str, TensorInfo], limit: int) -> dict[str, dict[str, TensorInfo]]:
-    """Cuts the tensors, in order, into files of at most `limit` bytes (or one tensor)."""
+def split_into_shards(
+    infos: Mapping[str, TensorInfo], limit: int
+) -> dict[str, dict[str, TensorInfo]]:
+    """File name -> its tensors: in order, each file of at most `limit` bytes (or one tensor)."""
     groups: list[dict[str, TensorInfo]] = [{}]
     size = 0
     for name, info in infos.items():

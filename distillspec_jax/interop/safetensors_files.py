@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -141,10 +141,17 @@ def is_sizes(value: Any) -> TypeGuard[list[int]]:
 def write(
     path: Path,
     infos: Mapping[str, TensorInfo],
-    arrays: Iterable[tuple[str, np.ndarray]] | Iterator[tuple[str, np.ndarray]],
+    arrays: Iterable[tuple[str, np.ndarray]] | None,
     metadata: Mapping[str, str],
 ) -> None:
-    """Writes a file; `arrays` are produced in the order of `infos`, one at a time."""
+    """Writes a file, one tensor at a time.
+
+    Args:
+      infos: name, shape and dtype of every tensor, in the order in which they are stored.
+      arrays: the same names with their values; None leaves the data a hole that reads as zeros and
+        takes no disk, to try out sizes.
+      metadata: strings for the header.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, info in infos.items():
@@ -155,6 +162,9 @@ def write(
     text += b" " * (-len(text) % 8)  # aligned data can be mapped into memory
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
+        if arrays is None:
+            file.truncate(8 + len(text) + end)
+            return
         for (name, array), (expected, info) in zip(arrays, infos.items(), strict=True):
             if (name, array.shape, array.dtype) != (expected, info.shape, info.dtype):
                 raise ValueError(f"tensor {name} is not what the header promised")
