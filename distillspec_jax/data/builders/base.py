@@ -143,9 +143,8 @@ def prepare(builder_class: type[TextPairs], source_dir: str = "") -> TextPairs:
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         builder = builder_class(source_dir=source_dir, data_dir=root)
-        if not (builder.data_path / "dataset_info.json").exists():
-            tfds.disable_progress_bar()
-            builder.download_and_prepare()
+        tfds.disable_progress_bar()
+        builder.download_and_prepare()  # nothing to do where the data lie already
     return builder
 
 
