@@ -86,22 +86,22 @@ def main(config: DistillConfig, workdir: Path) -> int | None:
         learning_rate=make_schedule(config.optimizer, config.steps),
         notice=_notice,
     )
-    run = parts.open_run(workdir, "distill", config, task, draft)
-    models = {"draft": draft, "target": target}
-    parts.announce(f"distill ({recipe.name})", config, task, state, models)
-    result = train(
-        step,
-        state,
-        batches,
-        config.loop,
-        steps=config.steps,
-        checkpoints=run.checkpoints,
-        writer_of=run.writer_of,
-        hooks=hooks,
-        name="distill",
-    )
-    figures = {"gamma": config.decoder.gamma, "recipe": recipe.name}
-    return run.close(result, seed=config.seed, figures=figures)
+    with parts.open_run(workdir, "distill", config, task, draft) as run:
+        models = {"draft": draft, "target": target}
+        parts.announce(f"distill ({recipe.name})", config, task, state, models)
+        result = train(
+            step,
+            state,
+            batches,
+            config.loop,
+            steps=config.steps,
+            checkpoints=run.checkpoints,
+            writer_of=run.writer_of,
+            hooks=hooks,
+            name="distill",
+        )
+        figures = {"gamma": config.decoder.gamma, "recipe": recipe.name}
+        return run.finish(result, seed=config.seed, figures=figures)
 
 
 def _make_step(

@@ -58,20 +58,20 @@ def main(config: FinetuneConfig, workdir: Path) -> int | None:
         evaluate=_make_evaluate(config, model, task),
         learning_rate=make_schedule(config.optimizer, config.steps),
     )
-    run = parts.open_run(workdir, "finetune", config, task, loaded)
-    parts.announce("finetune", config, task, state, {"model": loaded})
-    result = train(
-        step,
-        state,
-        batches,
-        config.loop,
-        steps=config.steps,
-        checkpoints=run.checkpoints,
-        writer_of=run.writer_of,
-        hooks=hooks,
-        name="finetune",
-    )
-    return run.close(result, seed=config.seed, figures={})
+    with parts.open_run(workdir, "finetune", config, task, loaded) as run:
+        parts.announce("finetune", config, task, state, {"model": loaded})
+        result = train(
+            step,
+            state,
+            batches,
+            config.loop,
+            steps=config.steps,
+            checkpoints=run.checkpoints,
+            writer_of=run.writer_of,
+            hooks=hooks,
+            name="finetune",
+        )
+        return run.finish(result, seed=config.seed, figures={})
 
 
 def _make_evaluate(

@@ -105,7 +105,7 @@ def check_references(task: Task, config: TrainingConfig) -> None:
 
 @dataclasses.dataclass
 class Run:
-    """An opened workdir with its checkpoints."""
+    """An opened workdir with its checkpoints; a context manager."""
 
     workdir: Workdir
     checkpoints: Checkpoints
@@ -113,9 +113,15 @@ class Run:
     def writer_of(self, resumed_step: int) -> MetricsWriter:
         return MetricsWriter(self.workdir.path, resumed_step=resumed_step)
 
-    def close(self, result: Result, *, seed: int, figures: Mapping[str, Any]) -> int | None:
-        """Writes the summary with some more `figures`, says the headline, returns the exit code."""
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.checkpoints.close()
+        self.workdir.close()
+
+    def finish(self, result: Result, *, seed: int, figures: Mapping[str, Any]) -> int | None:
+        """Writes the summary with some more `figures`, says the headline, returns the exit code."""
         step, memory = int(result.state.step), result.memory
         if result.ended == "signal":
             print(f"stopped at step {step}, all saved; the same command goes on from there")

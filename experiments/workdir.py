@@ -62,6 +62,12 @@ class Workdir:
         """Lets another job in."""
         self._lock.close()
 
+    def __enter__(self) -> Workdir:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
 
 def _refuse_other_run(path: Path, experiment: str, config: Any, may_change: Sequence[str]) -> None:
     try:
