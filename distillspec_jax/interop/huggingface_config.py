@@ -127,6 +127,9 @@ def write(config: ModelConfig, dtype: str) -> tuple[dict[str, Any], dict[str, An
         "torch_dtype": dtype,
         **ids,
     }
+    if c.num_decoder_layers != c.num_encoder_layers:
+        # transformers 5 sizes its cache by the encoder unless a key of BART's says otherwise
+        written["decoder_layers"] = c.num_decoder_layers
     generation: dict[str, Any] = dict(ids)
     if c.num_pieces < c.vocab_size:  # rows that were never trained must not be drawn there either
         generation["suppress_tokens"] = list(range(c.num_pieces, c.vocab_size))
