@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,7 +19,7 @@ from distillspec_jax.decoding.autoregressive import Generation, autoregressive_s
 from distillspec_jax.decoding.lenience import Lenience
 from distillspec_jax.decoding.sampling import Sampling
 from distillspec_jax.decoding.speculative import speculative_sample
-from distillspec_jax.decoding.state import SpeculativeOutput, check_pair
+from distillspec_jax.decoding.state import Speculation, SpeculativeOutput
 from distillspec_jax.errors import UserError
 from distillspec_jax.evaluation.acceptance import TeacherForced, along_texts
 from distillspec_jax.evaluation.corpus import over_batches
@@ -116,6 +117,7 @@ class Bench:
     target: Loaded
     drafts: list[Draft]
     prompts: Prompts
+    tuning_prompts: Prompts | None  # None: no gamma is tuned
 
     @property
     def max_new_tokens(self) -> int:
@@ -152,24 +154,32 @@ class Bench:
             row_ids=row_ids,
         )
 
-    def speculative(
-        self, draft: Draft, setting: Setting, row_ids: jax.Array, inputs: jax.Array
-    ) -> SpeculativeOutput:
-        """The target decodes a batch with a draft."""
+    def speculation(self, draft: Draft, setting: Setting) -> Speculation:
+        """The sampler of a draft in one setting."""
         lenience = Lenience(self.config.lenience_kind, setting.lenience)
-        return speculative_sample(
-            self.target.model,
-            self.target.params,
-            draft.loaded.model,
-            draft.loaded.params,
-            inputs,
-            jax.random.key(self.config.seed),
+        return Speculation(
+            target=self.target.model,
+            draft=draft.loaded.model,
             gamma=setting.gamma,
             max_new_tokens=self.max_new_tokens,
             sampling=self.sampling(setting.temperature),
             verification=self.config.verification,
             lenience=None if lenience.is_exact else lenience,
-            row_ids=row_ids,
+        )
+
+    def speculative(
+        self, draft: Draft, setting: Setting, row_ids: jax.Array, inputs: jax.Array
+    ) -> SpeculativeOutput:
+        """The target decodes a batch with a draft."""
+        settings = vars(self.speculation(draft, setting))
+        models = (
+            settings.pop("target"),
+            self.target.params,
+            settings.pop("draft"),
+            draft.loaded.params,
+        )
+        return speculative_sample(
+            *models, inputs, jax.random.key(self.config.seed), row_ids=row_ids, **settings
         )
 
     def along(self, draft: Draft, temperature: float, *texts: jax.Array) -> dict[str, np.ndarray]:
@@ -193,16 +203,28 @@ def _moments(params: Params) -> jax.Array:
 
 
 def open_bench(config: EvaluateConfig, task: Task) -> Bench:
-    """Loads the models and reads the prompts; nothing is written.
+    """Loads the models, reads the prompts and checks every setting; nothing is written.
 
-    Raises UserError for models that fit neither each other nor the task's vocabulary.
+    Raises UserError for models that fit neither each other nor the task's vocabulary, and for
+    settings that the sampler refuses.
     """
     target = load(config.target, task)
     drafts = [Draft(draft, load(draft.path, task)) for draft in config.drafts]
-    for draft in drafts:
-        check_pair(target.model, draft.loaded.model)
     prompts = read_prompts(task, config.split, config.num_prompts)
-    return Bench(config, task, target, drafts, prompts)
+    tuning = None
+    if config.tune:
+        tuning = read_prompts(task, config.tuning_split, config.num_tuning_prompts)
+    largest = max(config.timed_batch_sizes)
+    if 0 < min(config.timed_prompts, len(prompts.row_ids)) < largest:
+        raise UserError(
+            f"config.timed_prompts is {config.timed_prompts} and the split '{config.split}' gives "
+            f"{len(prompts.row_ids)}: too few for a timed batch of {largest}"
+        )
+    bench = Bench(config, task, target, drafts, prompts, tuning)
+    for draft in drafts:
+        for temperature, lenience in itertools.product(config.temperatures, config.lenience):
+            bench.speculation(draft, Setting(draft.config.name, temperature, 1, lenience))
+    return bench
 
 
 class Runner:

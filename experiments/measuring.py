@@ -14,13 +14,12 @@ import numpy as np
 from distillspec_jax.decoding.autoregressive import Generation
 from distillspec_jax.decoding.block_length import tune
 from distillspec_jax.decoding.state import SpeculativeOutput
-from distillspec_jax.errors import UserError
 from distillspec_jax.evaluation import latency
 from distillspec_jax.evaluation.acceptance import Counts, TeacherForced, blocks_along_texts
 from distillspec_jax.evaluation.intervals import Estimate, ratio
 from distillspec_jax.evaluation.quality import pooled_quality
 from distillspec_jax.progress import Progress
-from experiments.bench import Bench, Draft, Prompts, Runner, Setting, read_prompts
+from experiments.bench import Bench, Draft, Prompts, Runner, Setting
 
 Row = dict[str, Any]
 OF_TARGET_TEXTS = ("acceptance_rate_overlap", "block_efficiency_path", "block_efficiency_iid")
@@ -62,7 +61,9 @@ class Results:
 def measure(bench: Bench) -> Results:
     """Runs the whole grid."""
     costs = _costs(bench)
-    chosen, records = _tune(bench, costs) if bench.config.tune else ({}, [])
+    chosen, records = (
+        _tune(bench, bench.tuning_prompts, costs) if bench.tuning_prompts else ({}, [])
+    )
     settings = _settings(bench, chosen)
     measured, along = _decode(bench, settings)
     sizes = bench.config.timed_batch_sizes if bench.config.timed_prompts else ()
@@ -119,11 +120,10 @@ def _shape(draft: Draft) -> Any:
 
 
 def _tune(
-    bench: Bench, costs: Mapping[str, latency.StepCosts]
+    bench: Bench, prompts: Prompts, costs: Mapping[str, latency.StepCosts]
 ) -> tuple[dict[tuple[str, float], int], list[Row]]:
     """The gamma of highest predicted speed by (name, temperature), on the tuning split."""
     config = bench.config
-    prompts = read_prompts(bench.task, config.tuning_split, config.num_tuning_prompts)
     chosen: dict[tuple[str, float], int] = {}
     records: list[Row] = []
     runs = len(config.temperatures) * (1 + len(bench.drafts))
@@ -242,8 +242,6 @@ def _timed_batches(
     prompts: Prompts, count: int, batch_size: int
 ) -> list[tuple[jax.Array, jax.Array]]:
     count = min(count, len(prompts.row_ids)) // batch_size
-    if not count:
-        raise UserError(f"config.timed_prompts is too low for timed batches of {batch_size}")
     rows = np.arange(count * batch_size).reshape(count, batch_size)
     return [(jnp.asarray(prompts.row_ids[row]), jnp.asarray(prompts.inputs[row])) for row in rows]
 

@@ -1,59 +1,58 @@
 #!/usr/bin/env bash
-# The main job on the embedded data and models: distil a draft, train the control, measure, report.
-# Makes the environment first; started again it goes on from what is there.
+# Distils a draft on the embedded data and shows what that gains, on any machine with Python.
 #
-#   bash launch/quickstart.sh [--fast] [--seeds N] [--from-scratch]
+#   bash launch/quickstart.sh [--fast] [--seeds N] [--from-scratch] [--python 3.11|3.12]
 #
-#   --fast          a fifth of the work, in runs/quickstart-fast
-#   --seeds N       distil and train the control with N seeds, for a claim
-#   --from-scratch  train the target and the fine-tuned draft again, too (an hour)
+#   --fast          small and rough, at most two minutes, in runs/quickstart-fast
+#   --seeds N       N drafts of each kind, for a claim with intervals over seeds
+#   --from-scratch  also trains the target and the draft to begin with (an hour)
+#
+# Started again it goes on where it was, and keeps what is done.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 
-root=runs/quickstart options='' seeds=1 scratch=
+folder=runs/quickstart options='' seeds=1 version='' scratch=0
 while [ $# -gt 0 ]; do
   case "$1" in
-    --fast) root=runs/quickstart-fast options+=,fast ;;
-    --seeds)
-      seeds=${2:?--seeds needs a number}
-      [[ "$seeds" =~ ^[1-9][0-9]?$ ]] || fail "--seeds $seeds: must be a number from 1 to 99"
+    --fast) folder+=-fast options+=,fast ;;
+    --from-scratch) scratch=1 ;;
+    --seeds | --python)
+      [ $# -ge 2 ] || fail "$1 needs a value"
+      if [ "$1" = --seeds ]; then seeds=$2; else version=$2; fi
       shift
       ;;
-    --from-scratch) scratch=1 options+=,scratch ;;
     -h | --help)
       sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
       exit 0
       ;;
-    *) fail "unknown option $1; known: --fast, --seeds N, --from-scratch" ;;
+    *) fail "unknown option $1; known: --fast --seeds N --from-scratch --python VERSION" ;;
   esac
   shift
 done
-make_environment ''
+[[ $seeds =~ ^[1-9][0-9]*$ ]] || fail "--seeds $seeds: give a number from 1"
+if [ "$scratch" = 1 ]; then folder+=-scratch options+=,scratch; fi
+make_environment '' "$version"
 
-configs=experiments/configs
-stage() {
-  echo
-  echo "== $1"
-  shift
-  "$python" -m "$@"
+done_stages=0 stages=$((2 * seeds + 2 + 2 * scratch))
+stage() { # what, then an entrypoint, its config, its workdir and flags
+  done_stages=$((done_stages + 1))
+  printf '\n[%d/%d] %s (%d:%02d since the start)\n' "$done_stages" "$stages" "$1" \
+    $((SECONDS / 60)) $((SECONDS % 60))
+  "$python" -u -m "experiments.$2" ${3:+--config="experiments/configs/$3"} --workdir="$4" "${@:5}"
 }
 
-if [ -n "$scratch" ]; then
-  stage "target, from scratch" experiments.finetune \
-    --config=$configs/finetune_stories.py:target --workdir="$root/target"
-  stage "fine-tuned draft, from scratch" experiments.finetune \
-    --config=$configs/finetune_stories.py:draft --workdir="$root/finetuned"
+if [ "$scratch" = 1 ]; then
+  stage 'train the target' finetune finetune_stories.py:target "$folder/target"
+  stage 'train the draft' finetune finetune_stories.py:draft "$folder/draft"
 fi
 for ((seed = 0; seed < seeds; seed++)); do
-  suffix=$([ "$seed" = 0 ] || echo "-$seed")
-  for name in distilled control; do
-    what=$([ "$name" = control ] && echo control || echo distill)
-    stage "$name draft, seed $seed" experiments.distill \
-      --config="$configs/quickstart.py:$what$options" --workdir="$root/$name$suffix" \
-      --config.seed="$seed"
-  done
+  suffix=$([ "$seed" = 0 ] || echo "-seed$seed")
+  stage "distil the draft, seed $seed" distill "quickstart.py:distilled$options" \
+    "$folder/distilled$suffix" --config.seed="$seed"
+  stage "train the control on the references, seed $seed" distill \
+    "quickstart.py:control$options" "$folder/control$suffix" --config.seed="$seed"
 done
-stage "fine-tuned, control and distilled drafts compared" experiments.evaluate \
-  --config="$configs/quickstart.py:evaluate$options,seeds=$seeds" --workdir="$root"
-stage "report" experiments.report --workdir="$root"
+stage 'evaluate fine-tuned, control and distilled' evaluate \
+  "quickstart.py:evaluate$options,seeds=$seeds" "$folder"
+stage 'write the report' report '' "$folder"

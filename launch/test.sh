@@ -31,5 +31,5 @@ make_environment "$extra" "$version"
 status=0
 "$python" -m ruff check . || status=1
 "$python" -m mypy || status=1
-"$python" -m pytest "${arguments[@]}" || status=$?
+"$python" -m pytest ${arguments[@]+"${arguments[@]}"} || status=$?
 exit "$status"

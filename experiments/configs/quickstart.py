@@ -1,72 +1,72 @@
-"""The quickstart's stages; `bash launch/quickstart.sh` runs them in this order.
+"""The stages of `launch/quickstart.sh`, on the embedded data and the two models of the package.
 
     C=experiments/configs/quickstart.py
-    python -m experiments.distill  --config=$C:distill  --workdir=runs/quickstart/distilled
-    python -m experiments.distill  --config=$C:control  --workdir=runs/quickstart/control
-    python -m experiments.evaluate --config=$C:evaluate --workdir=runs/quickstart
-    python -m experiments.report   --workdir=runs/quickstart
+    python -m experiments.distill  --config=$C:distilled --workdir=runs/quickstart/distilled
+    python -m experiments.distill  --config=$C:control   --workdir=runs/quickstart/control
+    python -m experiments.evaluate --config=$C:evaluate  --workdir=runs/quickstart
 
-Behind the stage may follow, with commas: `fast` (a fifth of the work), `seeds=3` (evaluate: drafts
-of seeds 0 to 2, from `distilled`, `distilled-1`, ...), `scratch` (models trained from scratch in
-`target` and `finetuned` instead of the packaged ones). Everything was chosen on the split `tuning`;
-`evaluate` measures on `test`.
+Behind the stage, with commas: `fast` (small and rough, runs/quickstart-fast), `seeds=3` (for
+`evaluate`: so many of control and distilled), `scratch` (models trained here instead of the
+packaged ones, runs/quickstart-scratch). The control is the same draft trained for the same number
+of steps on the references. Sizes, rates and loss were chosen on the split `tuning`; `evaluate`
+measures on `test`.
 """
 
 from ml_collections import ConfigDict
 
-
-def get_config(argument: str = "distill") -> ConfigDict:
-    stage, *options = argument.split(",")
-    if stage not in ("distill", "control", "evaluate"):
-        raise ValueError(f"unknown stage '{stage}'; known: distill, control, evaluate")
-    given = dict(option.partition("=")[::2] for option in options)
-    if unknown := set(given) - {"fast", "seeds", "scratch"}:
-        raise ValueError(f"unknown option {sorted(unknown)}; known: fast, seeds=N, scratch")
-    is_fast = "fast" in given
-    root = "runs/quickstart-fast" if is_fast else "runs/quickstart"
-    target, draft = "stories-target", "stories-draft"
-    if "scratch" in given:
-        target, draft = f"{root}/target", f"{root}/finetuned"
-    if stage == "evaluate":
-        return _evaluate(target, draft, root, is_fast, int(given.get("seeds", 1)))
-    return _train(target, draft, stage, is_fast)
+STAGES = ("distilled", "control", "evaluate")
 
 
-def _train(target: str, draft: str, stage: str, is_fast: bool) -> ConfigDict:
-    """The control differs from the distillation in its recipe alone."""
-    config = ConfigDict()
-    config.target, config.draft = target, draft
-    config.task = ConfigDict({"name": "arithmetic_stories"})
-    config.recipe = ConfigDict({"name": "sft" if stage == "control" else "distillspec"})
-    config.rollout_length = 48
+def get_config(options: str = "distilled") -> ConfigDict:
+    stage, *rest = options.split(",")
+    fast, scratch = "fast" in rest, "scratch" in rest
+    seeds = next((int(each[6:]) for each in rest if each.startswith("seeds=")), 1)
+    unknown = [each for each in rest if each not in ("fast", "scratch", f"seeds={seeds}")]
+    if stage not in STAGES or unknown:
+        raise ValueError(f"unknown option in '{options}'; stages: {', '.join(STAGES)}")
+    runs = "runs/quickstart" + "-fast" * fast + "-scratch" * scratch
+    config = ConfigDict({"task": {"name": "arithmetic_stories"}})
+    config.target = f"{runs}/target" if scratch else "stories-target"
+    draft = f"{runs}/draft" if scratch else "stories-draft"
+    return (
+        _evaluate(config, runs, draft, seeds, fast)
+        if stage == "evaluate"
+        else _train(config, stage, draft, fast)
+    )
+
+
+def _train(config: ConfigDict, stage: str, draft: str, fast: bool) -> ConfigDict:
+    config.draft = draft
+    config.recipe = ConfigDict({"name": "distillspec" if stage == "distilled" else "sft"})
     config.seed = 0
+    config.steps = 300 if fast else 2_500
     config.batch_size = 16
-    config.steps = 300 if is_fast else 2_500
+    config.rollout_length = 48  # the longest twentieth of the answers is cut
     config.optimizer = ConfigDict(
         {"learning_rate": 3e-3, "schedule": "cosine", "warmup_steps": 50, "floor": 0.02}
     )
-    config.decoder = ConfigDict({"num_prompts": 100, "batch_size": 100})
-    config.loop = ConfigDict({"log_every": 50, "save_every": 500})
-    # the end of the schedule is the draft: nothing is picked on the prompts that are watched
-    config.loop.evaluate_every = config.steps if is_fast else config.steps // 2
-    config.loop.best_metric = ""
+    config.decoder = ConfigDict({"num_prompts": 100, "batch_size": 100, "gamma": 7})
+    config.loop = ConfigDict({"log_every": 25, "save_every": 500, "best_metric": ""})
+    config.loop.evaluate_every = 0 if fast else config.steps // 2  # to watch, not to choose
     return config
 
 
-def _evaluate(target: str, draft: str, root: str, is_fast: bool, seeds: int) -> ConfigDict:
-    def run(name: str, seed: int) -> ConfigDict:
-        folder = f"{root}/{name}-{seed}" if seed else f"{root}/{name}"
-        return ConfigDict({"name": name, "path": folder, "seed": seed})
-
-    config = ConfigDict()
-    config.target = target
-    config.drafts = (
-        ConfigDict({"name": "finetuned", "path": draft}),
-        *(run(name, seed) for name in ("control", "distilled") for seed in range(seeds)),
-    )
-    config.task = ConfigDict({"name": "arithmetic_stories"})
-    config.num_prompts = 200 if is_fast else 1_000
+def _evaluate(config: ConfigDict, runs: str, draft: str, seeds: int, fast: bool) -> ConfigDict:
+    names = ["finetuned"] + [name for name in ("control", "distilled") for _ in range(seeds)]
+    drafts = []
+    for name in dict.fromkeys(names):
+        for seed in range(names.count(name)):
+            path = f"{runs}/{folder_of(name, seed)}" if name != "finetuned" else draft
+            drafts.append(ConfigDict({"name": name, "path": path, "seed": seed}))
+    config.drafts = tuple(drafts)
+    config.num_prompts = 100 if fast else 1_000
+    config.num_tuning_prompts = 50 if fast else 100
     config.batch_size = 100
-    config.num_tuning_prompts = 100
-    config.timed_prompts = 20 if is_fast else 50
+    config.gamma_grid = (2, 3, 4, 5, 7)
+    config.timed_prompts = 10 if fast else 50
     return config
+
+
+def folder_of(name: str, seed: int) -> str:
+    """Where `launch/quickstart.sh` trains a draft."""
+    return f"{name}-seed{seed}" if seed else name

@@ -246,6 +246,12 @@ def file_of(tmp_path, config):
         ({"batchsize": 8}, "did you mean 'config.batch_size'"),
         ({"temperatures": (1.0, -2.0)}, "temperature is -2.0; it must be 0"),
         ({"split": "validatoin"}, "did you mean 'validation'"),
+        ({"tuning_split": "tune"}, "unknown split 'tune'"),
+        (
+            {"timed_batch_sizes": (8,), "timed_prompts": 50},
+            "gives 7: too few for a timed batch of 8",
+        ),
+        ({"verification": "block", "lenience": (0.5,)}, "lenience changes token verification"),
         ({"verification": "blok"}, "did you mean 'block'"),
         ({"lenience_kind": "expontial"}, "did you mean 'exponential'"),
         ({"lenience": (0.0,)}, "lenience is 0.0; it must be in (0, 1]"),
