@@ -171,11 +171,11 @@ def _say(summary: dict[str, Any], path: Path) -> None:
     print(f"files: {path} ({OUTPUTS}, {METRICS}, summary.json)")
 
 
-def _from_flags(config: DecodeConfig, workdir: Path) -> None:
+def main_with_flags(config: DecodeConfig, workdir: Path) -> None:
     """`main` with the two short flags put into the config."""
     prompts, prompt = _PROMPTS.value or config.prompts, tuple(_PROMPT.value or config.prompt)
     main(dataclasses.replace(config, prompts=prompts, prompt=prompt), workdir)
 
 
 if __name__ == "__main__":
-    door.run(_from_flags, DecodeConfig)
+    door.run(main_with_flags, DecodeConfig)

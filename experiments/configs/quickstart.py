@@ -39,7 +39,7 @@ def _train(config: ConfigDict, stage: str, draft: str, fast: bool) -> ConfigDict
     config.draft = draft
     config.recipe = ConfigDict({"name": "distillspec" if stage == "distilled" else "sft"})
     config.seed = 0
-    config.steps = 300 if fast else 2_500
+    config.steps = 300 if fast else 3_500
     config.batch_size = 16
     config.rollout_length = 48  # the longest twentieth of the answers is cut
     config.optimizer = ConfigDict(
