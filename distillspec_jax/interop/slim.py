@@ -21,6 +21,7 @@ from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.models.transformer import Transformer
 
 Flat = dict[Path, np.ndarray]
+_TINY = np.finfo(np.float32).tiny
 _WIDTHS = ("d_model", "num_heads", "d_ff")
 
 
@@ -125,7 +126,7 @@ def _head_scores(flat: Flat, attention: Path, kernel: str) -> np.ndarray:
     score = np.linalg.norm(values, axis=(0, 2)) * np.linalg.norm(
         flat[(*attention, "out")], axis=(1, 2)
     )
-    return score / max(score.sum(), np.finfo(np.float32).tiny)
+    return score / max(score.sum(), _TINY)
 
 
 def _keep_heads(flat: Flat, attention: Path, kernels: Sequence[str], heads: np.ndarray) -> None:
@@ -135,19 +136,34 @@ def _keep_heads(flat: Flat, attention: Path, kernels: Sequence[str], heads: np.n
 
 
 def _narrow_stream(flat: Flat, config: ModelConfig, d_model: int) -> Flat:
-    """Fewer positions of the residual stream, the same everywhere."""
+    """Fewer positions of the residual stream, the same everywhere.
+
+    The norm divides by the mean square of what is left, so its scales take up the difference: they
+    grow by sqrt(D e / D'), e the share of the energy written that stays. A stream whose cut
+    positions were always zero computes the same as before.
+    """
     axes = {leaf.path: _stream_axis(leaf, config) for leaf in layout.leaves(config)}
-    score = np.zeros(config.d_model)
+    score, written = np.zeros(config.d_model), np.zeros(config.d_model)
     for path, axis in axes.items():
-        if axis is not None and flat[path].ndim > 1:
-            others = tuple(i for i in range(flat[path].ndim) if i != axis)
-            energy = np.sum(np.square(flat[path]), axis=others)
-            score += energy / max(energy.sum(), np.finfo(np.float32).tiny)
+        if axis is None or flat[path].ndim == 1:
+            continue
+        others = tuple(i for i in range(flat[path].ndim) if i != axis)
+        energy = np.sum(np.square(flat[path], dtype=np.float64), axis=others)
+        score += energy / max(energy.sum(), _TINY)
+        written += energy if axis else 0  # axis 0 reads
     kept = _best(score, d_model)
-    return {
+    stays = written[kept].sum() / max(written.sum(), _TINY)
+    growth = np.sqrt(config.d_model * stays / d_model)
+    slimmed = {
         path: array if axes[path] is None else np.take(array, kept, axis=axes[path])
         for path, array in flat.items()
     }
+    for path in slimmed:
+        if path[-1] == "scale":
+            slimmed[path] = slimmed[path] * np.float32(growth)
+    if config.scale_logits:  # by D**-0.5, which grows too
+        slimmed[("decoder", "final_norm", "scale")] *= np.float32((d_model / config.d_model) ** 0.5)
+    return slimmed
 
 
 def _stream_axis(leaf: Leaf, config: ModelConfig) -> int | None:

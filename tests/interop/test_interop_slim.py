@@ -1,0 +1,129 @@
+"""Drafts cut from targets: what is dead goes first, and cutting it changes nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from distillspec_jax import zoo
+from distillspec_jax.errors import UserError
+from distillspec_jax.interop.slim import slim
+from distillspec_jax.models.config import ModelConfig
+from distillspec_jax.models.transformer import init_params, score
+
+D, N, H, F, V = 14, 5, 3, 11, 23
+
+
+def make(tied=True, encoder=3, decoder=4, **fields):
+    config = ModelConfig(
+        name="whole",
+        vocab_size=V,
+        d_model=D,
+        num_heads=N,
+        head_dim=H,
+        d_ff=F,
+        num_encoder_layers=encoder,
+        num_decoder_layers=decoder,
+        tie_embeddings=tied,
+        layer_norm_epsilon=1e-12,
+        **fields,
+    )
+    model = zoo.model(config)
+    params = jax.tree.map(lambda x: 1.5 * x, init_params(model, jax.random.key(1)))
+    return model, params
+
+
+def zeroed(params, dead):
+    """The parameters with `dead(path, axis names)` entries set to zero."""
+
+    def change(path, leaf):
+        names = tuple(key.key for key in path)
+        axes = {"out": "ohd", "wo": "fd", "qkv": "dcoh", "query": "dcoh", "key_value": "dcoh"}
+        axes |= {"wi": "dcf", "embedding": "vd", "head": "dv", "scale": "d"}
+        letters = "ob" if "relative_bias" in names else axes[names[-1]]
+        for letter, indices in dead.items():
+            if letter in letters and not (letter == "o" and letters == "ob"):
+                at = [slice(None)] * leaf.ndim
+                at[letters.index(letter)] = jnp.asarray(indices)
+                leaf = leaf.at[tuple(at)].set(0.0)
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(change, params)
+
+
+def logits(model, params):
+    rng = np.random.default_rng(0)
+    inputs, targets = rng.integers(2, V, (2, 9)), rng.integers(2, V, (2, 7))
+    return score(model, params, jnp.asarray(inputs), jnp.asarray(targets))
+
+
+def assert_same_function(whole, small):
+    np.testing.assert_allclose(logits(*small), logits(*whole), rtol=2e-5, atol=2e-5)
+
+
+def test_keeping_everything_keeps_every_bit():
+    model, params = make()
+    same, same_params = slim(model, params, name="whole")
+    assert same.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, params, same_params)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("encoder", [3, 0])
+def test_dead_heads_and_units_go_first_and_change_nothing(encoder, gated):
+    model, params = make(encoder=encoder, gated=gated)
+    params = zeroed(params, {"o": [1, 3], "f": [0, 4, 5]})
+    small = slim(model, params, name="small", num_heads=N - 2, d_ff=F - 3)
+    assert (small[0].config.num_heads, small[0].config.d_ff) == (3, 8)
+    assert_same_function((model, params), small)
+    smaller = slim(model, params, name="small", num_heads=N - 3, d_ff=F - 3)
+    assert np.abs(logits(*smaller) - logits(model, params)).max() > 1e-2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_positions_that_are_always_zero_go_first_and_change_nothing(tied):
+    model, params = make(tied)
+    params = zeroed(params, {"d": [2, 3, 7, 13]})
+    small = slim(model, params, name="small", d_model=D - 4)
+    assert_same_function((model, params), small)
+
+
+def test_layers_are_those_that_were_chosen():
+    model, params = make()
+    small, cut = slim(model, params, name="s", encoder_layers=[1], decoder_layers=[0, 3])
+    assert (small.config.num_encoder_layers, small.config.num_decoder_layers) == (1, 2)
+    wanted = {("encoder", 0): 1, ("decoder", 0): 0, ("decoder", 1): 3}
+    for (stack, now), before in wanted.items():
+        ours, theirs = cut[stack][f"layers_{now}"], params[stack][f"layers_{before}"]
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    np.testing.assert_array_equal(cut["embedding"], params["embedding"])
+    logits(small, cut)
+
+
+def test_heads_of_a_stack_stay_with_their_relative_biases():
+    model, params = make()
+    params = zeroed(params, {"o": [0, 2]})
+    _, cut = slim(model, params, name="s", num_heads=3)
+    for stack in ("encoder", "decoder"):
+        found = cut[stack]["relative_bias"]["embedding"]
+        np.testing.assert_array_equal(
+            found, params[stack]["relative_bias"]["embedding"][jnp.asarray([1, 3, 4])]
+        )
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"decoder_layers": [4]}, r"decoder_layers \[4\] must be rising numbers within 0 and 3"),
+        ({"decoder_layers": [1, 1]}, "must be rising"),
+        ({"encoder_layers": [2, 0]}, "must be rising"),
+        ({"encoder_layers": []}, "encoder_layers is empty"),
+        ({"d_model": 15}, "d_model 15 must be within 1 and the model's 14"),
+        ({"num_heads": 0}, "num_heads 0 must be within"),
+        ({"d_ff": -1}, "d_ff -1 must be within"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(asked, message):
+    model, params = make()
+    with pytest.raises(UserError, match=message):
+        slim(model, params, name="s", **asked)
