@@ -1,0 +1,300 @@
+"""The whole speculative sampler on tiny models of both kinds."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from distillspec_jax.decoding import speculative
+from distillspec_jax.decoding.autoregressive import autoregressive_sample
+from distillspec_jax.decoding.block_length import BlockLength
+from distillspec_jax.decoding.lenience import Lenience
+from distillspec_jax.decoding.sampling import Sampling
+from distillspec_jax.decoding.speculative import speculative_sample
+from distillspec_jax.decoding.state import ACCEPTED, BONUS, CORRECTED, Speculation
+from distillspec_jax.errors import UserError
+from distillspec_jax.models.transformer import Transformer, extend, score
+
+GAMMA, LIMIT = 3, 17
+GREEDY = Sampling(temperature=0)
+RNG = jax.random.key(3)
+ADAPTIVE = BlockLength(min_confidence=0.3, schedule_start=2)
+
+
+def sample(pair, inputs, **settings):
+    settings = {"gamma": GAMMA, "max_new_tokens": LIMIT, **settings}
+    return jax.tree.map(np.asarray, speculative_sample(*pair, inputs, RNG, **settings))
+
+
+MODES = {
+    "token": {},
+    "block": {"verification": "block"},
+    "adaptive": {"block_length": ADAPTIVE, "verification": "block"},
+    "drafts": {"num_drafts": 2},
+    "greedy draft": {"draft_sampling": GREEDY},
+}
+
+
+ENCODER_DECODER, DECODER_ONLY = "encoder-decoder", "decoder-only"
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (ENCODER_DECODER, {}),
+        (DECODER_ONLY, {"verification": "greedy"}),
+        (DECODER_ONLY, {"draft_sampling": Sampling()}),
+        (ENCODER_DECODER, {"num_drafts": 2}),
+    ],
+    ids=["as is", "by name", "sampled draft", "drafts"],
+)
+def test_greedy_output_is_plain_greedy_output(pairs, prompts, kind, settings):
+    pair = pairs[kind]
+    plain = autoregressive_sample(
+        pair.target, pair.target_params, prompts, RNG, sampling=GREEDY, max_new_tokens=LIMIT
+    )
+    out = sample(pair, prompts, sampling=GREEDY, **settings)
+    np.testing.assert_array_equal(out.tokens, plain.tokens)
+    np.testing.assert_array_equal(out.lengths, plain.lengths)
+    np.testing.assert_array_equal(out.statistics.finished, plain.finished)
+    assert int(out.statistics.accepted.sum()) > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [(ENCODER_DECODER, "token"), (DECODER_ONLY, "adaptive"), (ENCODER_DECODER, "drafts")],
+)
+def test_a_row_does_not_depend_on_its_batch(pairs, prompts, kind, mode):
+    pair = pairs[kind]
+    whole = sample(pair, prompts, **MODES[mode])
+    rows = np.array([17, 4, 29])
+    padded = np.pad(prompts[rows], ((0, 0), (0, 3)))
+    part = sample(pair, padded, row_ids=rows, **MODES[mode])
+    np.testing.assert_array_equal(part.tokens, whole.tokens[rows])
+    np.testing.assert_array_equal(part.statistics.tested, whole.statistics.tested[rows])
+    alone = sample(pair, prompts[4:5], row_ids=np.array([4]), **MODES[mode])
+    np.testing.assert_array_equal(alone.tokens[0], whole.tokens[4])
+    np.testing.assert_array_equal(alone.origins[0], whole.origins[4])
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        (ENCODER_DECODER, "token"),
+        (DECODER_ONLY, "block"),
+        (DECODER_ONLY, "adaptive"),
+        (ENCODER_DECODER, "drafts"),
+        (DECODER_ONLY, "greedy draft"),
+    ],
+)
+def test_statistics_agree_with_the_text(pairs, prompts, kind, mode):
+    pair = pairs[kind]
+    out = sample(pair, prompts, **MODES[mode])
+    tokens, lengths, origins, s = out.tokens, out.lengths, out.origins, out.statistics
+    eos = tokens == pair.target.config.eos_id
+    assert (s.finished == eos.any(axis=1)).all()
+    assert 0 < s.finished.sum() < len(tokens)
+    assert (lengths == np.where(s.finished, eos.argmax(axis=1) + 1, LIMIT)).all()
+    assert (tokens[np.arange(LIMIT) >= lengths[:, None]] == pair.target.config.pad_id).all()
+    assert ((origins > 0) == (np.arange(LIMIT) < lengths[:, None])).all()
+
+    ends_by_draft = origins[np.arange(len(tokens)), lengths - 1] == ACCEPTED
+    cut = s.emitted - lengths
+    assert (cut[s.finished] == 0).all()
+    assert ((cut >= 0) & (cut <= GAMMA)).all()
+    no_cut = cut == 0
+    last_tokens = (origins == CORRECTED).sum(axis=1) + (origins == BONUS).sum(axis=1)
+    blocks = last_tokens + (ends_by_draft & s.finished)
+    assert (blocks == s.target_calls)[no_cut].all()
+    assert ((origins == ACCEPTED).sum(axis=1) == s.accepted)[no_cut].all()
+    assert (s.emitted == s.accepted + s.target_calls - (ends_by_draft & s.finished)).all()
+
+    histogram = s.accepted_histogram
+    assert (histogram.sum(axis=1) == s.target_calls).all()
+    assert (histogram @ np.arange(GAMMA + 1) == s.accepted).all()
+    at_least = histogram[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]
+    assert (s.accepted_per_position == at_least).all()
+    assert (s.accepted_per_position.sum(axis=1) == s.accepted).all()
+    assert (s.tested_per_position.sum(axis=1) == s.tested).all()
+    assert (s.tested_per_position >= s.accepted_per_position).all()
+    assert (s.accepted <= s.tested).all()
+    assert (s.tested <= s.drafted).all()
+    assert (s.drafted <= s.draft_steps).all()
+    assert (s.draft_steps <= GAMMA * s.target_calls).all()
+    if mode == "adaptive":
+        assert s.drafted.sum() < 0.8 * GAMMA * s.target_calls.sum()
+
+
+def test_a_perfect_draft_is_always_accepted(pairs, prompts):
+    pair = pairs[DECODER_ONLY]
+    twin = pair._replace(draft=pair.target, draft_params=pair.target_params)
+    out = sample(twin, prompts)
+    s = out.statistics
+    np.testing.assert_array_equal(s.accepted, s.tested)
+    assert not (out.origins == CORRECTED).any()
+    assert (s.emitted == (GAMMA + 1) * s.target_calls)[~s.finished].all()
+
+
+def test_rows_with_a_negative_id_stay_empty(pairs, prompts):
+    pair = pairs[DECODER_ONLY]
+    inputs = np.where(np.arange(5)[:, None] == 3, 0, prompts[:5])
+    out = sample(pair, inputs, row_ids=np.array([0, 1, 2, -1, 4]))
+    assert not any(x[3].any() for x in (out.tokens, out.lengths, out.origins))
+    assert int(out.statistics.target_calls[3]) == int(out.statistics.draft_steps[3]) == 0
+    np.testing.assert_array_equal(out.tokens[4], sample(pair, prompts).tokens[4])
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(ENCODER_DECODER, "drafts"), (DECODER_ONLY, "token")])
+def test_poison_behind_the_caches_lengths_changes_nothing(pairs, prompts, kind, mode):
+    pair = pairs[kind]
+    speculation = Speculation(pair.target, pair.draft, GAMMA, LIMIT, **MODES[mode])
+    params = pair.target_params, pair.draft_params
+    advance = jax.jit(functools.partial(speculative.advance, speculation))
+
+    @jax.jit
+    def poison(cache):
+        stale = jnp.arange(cache.room)[None] >= cache.lengths[:, None]
+        stale = stale[:, None, :, None]
+        keys, values = (
+            [jnp.where(stale, jnp.nan, x) for x in xs] for xs in (cache.keys, cache.values)
+        )
+        return dataclasses.replace(cache, keys=tuple(keys), values=tuple(values))
+
+    begin = jax.jit(functools.partial(speculative.begin, speculation))
+    state = begin(*params, prompts, RNG, np.arange(len(prompts)))
+    while state.active.any():
+        caches = {name: poison(getattr(state, name)) for name in ("target_cache", "draft_cache")}
+        state = advance(*params, state.replace(**caches))
+    clean = sample(pair, prompts, **MODES[mode])
+    np.testing.assert_array_equal(state.tokens[:, :LIMIT], clean.tokens)
+    assert state.statistics.finite.all()
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(ENCODER_DECODER, "drafts"), (DECODER_ONLY, "token")])
+def test_both_caches_hold_the_text_but_for_the_pending_token(pairs, prompts, kind, mode):
+    """Rolled back and caught up: logits after any block are those of a fresh pass."""
+    pair = pairs[kind]
+    speculation = Speculation(pair.target, pair.draft, GAMMA, LIMIT, **MODES[mode])
+    params = pair.target_params, pair.draft_params
+    begin = jax.jit(functools.partial(speculative.begin, speculation))
+    state = begin(*params, prompts, RNG, np.arange(len(prompts)))
+    advance = jax.jit(functools.partial(speculative.advance, speculation))
+    for _ in range(4):
+        state = advance(*params, state)
+    rows = np.flatnonzero(state.active)
+    assert len(rows) > 3
+    for model, weights, cache in (
+        (pair.target, params[0], state.target_cache),
+        (pair.draft, params[1], state.draft_cache),
+    ):
+        fed = np.repeat(state.pending, speculation.num_drafts)[:, None]
+        after = np.asarray(jax.jit(extend, static_argnums=0)(model, weights, cache, fed)[0])
+        whole = jax.jit(score, static_argnums=0)(model, weights, prompts, state.tokens)
+        expected = np.asarray(whole)[rows, np.asarray(state.lengths)[rows]]
+        for j in range(speculation.num_drafts):
+            got = after[rows * speculation.num_drafts + j, 0]
+            np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_calls_of_equal_shape_compile_once(pairs, prompts):
+    before = speculative._compiled._cache_size()
+    for seed in range(3):
+        inputs, ids = np.roll(prompts, seed, axis=0), np.arange(len(prompts)) + seed
+        sample(pairs[ENCODER_DECODER], inputs, row_ids=ids, gamma=2)
+    assert speculative._compiled._cache_size() == before + 1
+
+
+def test_lossy_output_says_so(pairs, prompts):
+    pair = pairs[ENCODER_DECODER]
+
+    def rate(epsilon):
+        out = sample(pair, prompts, lenience=Lenience("exponential", epsilon))
+        return out, int(out.statistics.accepted.sum()) / int(out.statistics.tested.sum())
+
+    exact = sample(pair, prompts)
+    same, low = rate(1.0)
+    lossy, high = rate(0.3)
+    assert exact.lossless
+    assert same.lossless
+    assert not lossy.lossless
+    np.testing.assert_array_equal(same.tokens, exact.tokens)
+    assert high > low + 0.05
+
+
+@pytest.mark.parametrize("which", ["target", "draft"])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling()], ids=["greedy", "sampled"])
+def test_nan_in_the_weights_is_an_error_at_once(pairs, prompts, spoil, which, sampling):
+    pair = pairs[ENCODER_DECODER]
+    field = f"{which}_params"
+    broken = pair._replace(**{field: spoil(getattr(pair, field))})
+    with pytest.raises(UserError, match="gave NaN logits"):
+        sample(broken, prompts, sampling=sampling)
+
+
+def test_nan_stops_the_row_before_a_token_is_written(pairs, prompts, spoil):
+    pair = pairs[ENCODER_DECODER]
+    broken = spoil(pair.target_params)
+    speculation = Speculation(pair.target, pair.draft, GAMMA, LIMIT)
+    ids = jnp.arange(len(prompts))
+    out = speculative._compiled(speculation, broken, pair.draft_params, prompts, RNG, ids)
+    assert not out.tokens.any()
+    assert not out.statistics.finite.any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"gamma": 0}, "gamma is 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"verification": "blok"}, "did you mean 'block'"),
+        ({"verification": "greedy"}, "greedy verification needs temperature 0"),
+        ({"verification": "block", "lenience": Lenience()}, "no exact base"),
+        ({"num_drafts": 0}, "num_drafts is 0"),
+        ({"num_drafts": 2, "verification": "block"}, "several drafts need token"),
+    ],
+)
+def test_settings_out_of_range_are_refused(pairs, prompts, settings, named):
+    with pytest.raises(UserError, match=named):
+        sample(pairs[ENCODER_DECODER], prompts, **settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: Lenience("linear", 0.0), "lenience is 0.0"),
+        (lambda: Lenience("linear", 1.5), "lenience is 1.5"),
+        (lambda: Lenience("lin"), "did you mean 'linear'"),
+        (lambda: BlockLength(min_confidence=1.2), "min_confidence is 1.2"),
+        (lambda: BlockLength(max_entropy=-1.0), "max_entropy is -1.0"),
+        (lambda: BlockLength(schedule_start=-1), "schedule_start is -1"),
+    ],
+)
+def test_lenience_and_block_length_out_of_range_are_refused(make, named):
+    with pytest.raises(UserError, match=named):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"num_encoder_layers": 0}, "both must be of one kind"),
+        ({"num_pieces": 5}, "num_pieces is 7 and 5"),
+        ({"eos_id": 2}, "eos_id is 1 and 2"),
+        ({"pad_id": 3}, "pad_id is 0 and 3"),
+        ({"decoder_start_id": 4}, "decoder_start_id is 0 and 4"),
+    ],
+)
+def test_models_that_do_not_belong_together_are_refused(pairs, prompts, change, named):
+    pair = pairs[ENCODER_DECODER]
+    other = Transformer(dataclasses.replace(pair.draft.config, **change))
+    with pytest.raises(UserError, match=named):
+        sample(pair._replace(draft=other), prompts)
+
+
+def test_empty_prompts_are_refused(pairs):
+    pair = pairs[ENCODER_DECODER]
+    with pytest.raises(UserError, match="empty prompt in row 1"):
+        sample(pair, np.array([[3, 4], [0, 0]], np.int32))
