@@ -152,7 +152,7 @@ def _make_evaluate(
 
 def _notice(figures: Figures) -> str | None:
     rate = figures.get("eos_rate", 1.0)
-    if rate >= LOW_EOS_RATE:  # NaN, where nothing was sampled, is not
+    if not rate < LOW_EOS_RATE:  # NaN, where nothing was sampled, is not low
         return None
     return (
         f"warning: only {rate:.0%} of the samples ended by themselves; raise config.rollout_length "
