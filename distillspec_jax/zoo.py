@@ -99,12 +99,12 @@ def describe(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     found = find(name_or_path)
     own = {"kind": found.kind, "name": found.name, "path": found.path and str(found.path)}
-    config, stored = PRESETS.get(found.name), {}
-    if found.path is not None:
+    if found.path is None:
+        config, stored = PRESETS[found.name], {}
+    else:
         config, stored = _read_config(found), READERS[found.kind].describe(found.path)
         vocabulary = vocabulary_of(found)
         stored |= {} if vocabulary is None else vocabulary.describe()
-    assert config is not None
     ids = {key: getattr(config, key) for key in ("pad_id", "eos_id", "decoder_start_id")}
     return stored | own | ids | {"model": dataclasses.asdict(config)}
 
@@ -113,8 +113,9 @@ def vocabulary_of(found: Found) -> Vocabulary | None:
     """The vocabulary that lies beside a model's weights, if one does that this project reads."""
     if found.kind != "huggingface" or found.path is None:
         return None
-    settings = found.path / "tokenizer_config.json"
-    if settings.is_file() and "ByT5Tokenizer" in settings.read_text("utf-8", errors="replace"):
+    files = huggingface.tokenizer_files(found.path)
+    settings = files.get("tokenizer_config.json")
+    if settings and "ByT5Tokenizer" in settings.read_text("utf-8", errors="replace"):
         return load_vocabulary("bytes")
     try:
         return load_vocabulary(found.path)

@@ -9,8 +9,7 @@ from typing import Any
 
 from distillspec_jax.data.vocabulary import ARITHMETIC_STORIES, Vocabulary, load_vocabulary
 from distillspec_jax.errors import UserError
-from distillspec_jax.interop.folders import contained_file
-from distillspec_jax.interop.huggingface import TOKENIZER_FILES
+from distillspec_jax.interop.huggingface import tokenizer_files
 
 
 def files_for(given: str | None, found: Mapping[str, Any]) -> dict[str, bytes]:
@@ -48,8 +47,7 @@ def _checked(given: str, vocabulary: Vocabulary, found: Mapping[str, Any]) -> di
 
 
 def _of_folder(folder: Path) -> dict[str, bytes]:
-    there = [name for name in TOKENIZER_FILES if (folder / name).exists()]
-    return {name: contained_file(folder, name).read_bytes() for name in there}
+    return {name: path.read_bytes() for name, path in tokenizer_files(folder).items()}
 
 
 def _of_model(model: Path, vocabulary: Vocabulary) -> dict[str, bytes]:

@@ -7,6 +7,7 @@ read, and files that could run code (pickles) are refused.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,12 @@ def read_params(
         return array.T if part.transposed else array
 
     return placing.assemble(table, read, shardings=shardings, dtype=dtype)
+
+
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """The tokenizer files of a folder by name; UserError if one leads out of it."""
+    there = [name for name in TOKENIZER_FILES if os.path.lexists(folder / name)]
+    return {name: contained_file(folder, name) for name in there}
 
 
 def describe(folder: Path) -> dict[str, Any]:

@@ -174,6 +174,9 @@ def _next(stream: Iterator[Any], step: int) -> Any:
         raise UserError(f"the training data ended before step {step + 1}") from None
 
 
+_Pending = tuple[int, Any, list[str], jax.Array]  # step, example ids, names, packed metrics
+
+
 class _Loop:
     """The host's side of the loop: everything that is not the step itself."""
 
@@ -189,7 +192,7 @@ class _Loop:
         self.memory, self._progress = memory, progress
         self._config, self._writer, self._checkpoints = config, writer, checkpoints
         self._hooks = hooks
-        self._pending: tuple[int, Any, Any] | None = None
+        self._pending: _Pending | None = None
         self._recent: deque[tuple[int, list[int]]] = deque(maxlen=config.max_skipped)
         self._clock = time.perf_counter()
 
@@ -200,10 +203,10 @@ class _Loop:
 
     def took_step(self, step: int, batch: Batch, metrics: Any, state: TrainState) -> None:
         """Notes the step just started, and reads what the one before gave."""
-        # A copy: the counters themselves are donated to the next step.
-        handed = (metrics, _copy(state.skipped, state.skipped_in_row))
-        jax.tree.map(lambda x: x.copy_to_host_async(), handed)
-        before, self._pending = self._pending, (step, batch.example_ids, handed)
+        # Not the counters themselves: they are donated to the next step.
+        packed = _pack(metrics, state.skipped, state.skipped_in_row)
+        packed.copy_to_host_async()
+        before, self._pending = self._pending, (step, batch.example_ids, sorted(metrics), packed)
         self._read(before)
 
     def between_steps(self, state: TrainState, step: int, *, last: bool) -> None:
@@ -229,12 +232,13 @@ class _Loop:
         before, self._pending = self._pending, None
         self._read(before)
 
-    def _read(self, pending: tuple[int, Any, Any] | None) -> None:
+    def _read(self, pending: _Pending | None) -> None:
         """Waits for a step's metrics, adds them up and writes the record when it is time to."""
         if pending is None:
             return
-        step, example_ids, handed = pending
-        metrics, (skipped, skipped_in_row) = jax.device_get(handed)
+        step, example_ids, names, packed = pending
+        *pairs, (skipped, skipped_in_row) = np.asarray(packed).tolist()
+        metrics = dict(zip(names, pairs, strict=True))
         now = time.perf_counter()
         self.memory.seconds += now - self._clock
         self.memory.window_seconds += now - self._clock
@@ -242,7 +246,7 @@ class _Loop:
         self._stop_if_diverged(step, example_ids, int(skipped_in_row))
         for key, (total, count) in metrics.items():
             old_total, old_count = self.memory.window.get(key, (0.0, 0.0))
-            self.memory.window[key] = [old_total + float(total), old_count + float(count)]
+            self.memory.window[key] = [old_total + total, old_count + count]
         self._progress.update(step, self._status(metrics))
         if self._config.log_every and step % self._config.log_every == 0:
             self._log(step, int(skipped))
@@ -269,7 +273,7 @@ class _Loop:
         parts = []
         if "loss" in metrics:
             total, count = metrics["loss"]
-            parts.append(f"loss {float(total) / max(float(count), 1.0):.4f}")
+            parts.append(f"loss {total / max(count, 1.0):.4f}")
         if TOKENS in self.memory.window and self.memory.window_seconds:
             rate = self.memory.window[TOKENS][0] / self.memory.window_seconds
             parts.append(f"{rate:,.0f} tokens/s")
@@ -332,8 +336,12 @@ def _plain(value: Any) -> float | list[float]:
 
 
 @jax.jit
-def _copy(skipped: jax.Array, skipped_in_row: jax.Array) -> jax.Array:
-    return jnp.stack([skipped, skipped_in_row])
+def _pack(
+    metrics: dict[str, tuple[jax.Array, jax.Array]], skipped: jax.Array, skipped_in_row: jax.Array
+) -> jax.Array:
+    """One array to read instead of twenty: sums and counts by name, then the two counters."""
+    pairs = [*(metrics[name] for name in sorted(metrics)), (skipped, skipped_in_row)]
+    return jnp.array(pairs, jnp.float32)  # counters are exact up to 2**24
 
 
 class _StopRequest:

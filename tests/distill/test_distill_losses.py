@@ -128,20 +128,31 @@ def test_chunked_gradient_scales_with_what_comes_after():
     np.testing.assert_allclose(grads[0]["head"], grads[1]["head"], rtol=1e-5, atol=1e-6)
 
 
-def test_masked_positions_are_as_if_dropped():
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_masked_positions_are_as_if_dropped(chunk):
     """Whatever stands behind the text, infinite losses included, changes nothing."""
-    params, hidden, (target_hidden, tokens), _ = problem()
+    params, hidden, (target_hidden, _), _ = problem()
     mask = lengths_mask(4, 4, 2)
     weights, _ = losses.token_weights(mask)
-    spoilt = np.where(mask[..., None] > 0, hidden, 1e30).astype(np.float32)
-    short = (hidden[:, :4], (target_hidden[:, :4], tokens[:, :4]), weights[:, :4])
-    for chunk in (None, 3):
-        run = loss_and_gradient("forward_kl", chunk)
-        (value, _), (grads, hidden_grads) = run(params, spoilt, (target_hidden, tokens), weights)
-        (expected, _), (expected_grads, _) = run(params, *short)
-        assert float(value) == pytest.approx(float(expected), rel=1e-6)
-        np.testing.assert_allclose(grads["head"], expected_grads["head"], rtol=1e-5, atol=1e-6)
-        assert np.all(np.asarray(hidden_grads)[mask == 0] == 0.0)
+    spoilt = np.where(mask[..., None] > 0, hidden, 1e20).astype(np.float32)
+    infinite = np.where(mask > 0, 0.0, np.inf).astype(np.float32)
+
+    def infinite_loss(logits, fields):
+        values, watched = token_loss("forward_kl")(logits, (fields[0], None))
+        return values + fields[1], watched
+
+    def loss(params, hidden, fields, weights):
+        return losses.weighted_sum(
+            infinite_loss, unembed, params, hidden, fields, weights, chunk=chunk
+        )
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    whole = (spoilt, (target_hidden, infinite), weights)
+    (value, _), (grads, hidden_grads) = run(params, *whole)
+    (expected, _), (expected_grads, _) = run(params, *jax.tree.map(lambda x: x[:, :4], whole))
+    assert float(value) == pytest.approx(float(expected), rel=1e-6)
+    np.testing.assert_allclose(grads["head"], expected_grads["head"], rtol=1e-5, atol=1e-6)
+    assert np.all(np.asarray(hidden_grads)[mask == 0] == 0.0)
 
 
 def inner_jaxprs(value) -> list:

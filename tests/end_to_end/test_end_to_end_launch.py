@@ -14,7 +14,12 @@ from experiments.door import to_dataclass
 from experiments.evaluate import EvaluateConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
+SCRIPTS = [
+    *sorted((ROOT / "launch").glob("*.sh")),
+    ROOT / "launch" / "slurm.sbatch",
+    ROOT / ".ci" / "run",
+]
+SOURCED = ("environment.sh", "xla_flags.sh", "slurm.sbatch")  # by a script, or by sbatch
 
 # Stands in for Python: notes what it is asked to do, and fails where $FAIL occurs in it.
 FAKE = """#!/usr/bin/env bash
@@ -89,8 +94,7 @@ def test_scripts_pass_shellcheck():
 
 def test_scripts_can_be_executed():
     for path in SCRIPTS:
-        is_library = path.name == "environment.sh"
-        assert bool(path.stat().st_mode & stat.S_IXUSR) != is_library, path
+        assert bool(path.stat().st_mode & stat.S_IXUSR) != (path.name in SOURCED), path
 
 
 def test_a_python_that_does_not_run_is_passed_over(run, tmp_path):

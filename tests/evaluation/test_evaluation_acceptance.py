@@ -1,6 +1,7 @@
 """Acceptance and block efficiency: closed forms, numpy beside it, and exact enumeration."""
 
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,14 @@ import numpy as np
 import pytest
 
 from distillspec_jax.decoding.sampling import Sampling
+from distillspec_jax.decoding.state import ACCEPTED, BONUS, CORRECTED, SpeculativeOutput
 from distillspec_jax.errors import UserError
 from distillspec_jax.evaluation.acceptance import (
+    Counts,
+    TeacherForced,
     along_texts,
     blocks_along_texts,
+    from_blocks,
     iid_block_efficiency,
     token_acceptance,
 )
@@ -188,3 +193,76 @@ def test_blocks_along_target_texts_are_those_of_speculative_decoding(seed, gamma
 def test_gamma_below_one_is_refused():
     with pytest.raises(UserError, match="gamma is 0"):
         blocks_along_texts(np.ones((1, 2)), np.array([2]), 0)
+
+
+def output_of(blocks, gamma):
+    """What the sampler would return of rows of blocks, each (accepted, ended by)."""
+    width = 20
+    origins = np.zeros((len(blocks), width), np.int8)
+    histogram = np.zeros((len(blocks), gamma + 1), int)
+    columns = {key: [] for key in ("accepted", "tested", "emitted", "target_calls")}
+    for row, line in enumerate(blocks):
+        written = []
+        for accepted, end in line:
+            written += [ACCEPTED] * accepted + ([end] if end else [])
+            histogram[row, accepted] += 1
+        origins[row, : len(written)] = written
+        columns["accepted"].append(sum(accepted for accepted, _ in line))
+        columns["tested"].append(sum(accepted + (end == CORRECTED) for accepted, end in line))
+        columns["emitted"].append(len(written))
+        columns["target_calls"].append(len(line))
+    statistics = SimpleNamespace(
+        **{key: np.array(column) for key, column in columns.items()}, accepted_histogram=histogram
+    )
+    lengths = np.array(columns["emitted"])
+    return SpeculativeOutput(np.zeros_like(origins), lengths, origins, statistics, True)
+
+
+# accepted tokens and what follows them; the last block ends in an accepted end-of-sequence
+ROWS = [
+    [(3, BONUS), (1, CORRECTED), (2, None)],
+    [(0, CORRECTED), (0, CORRECTED)],
+    [(3, BONUS)],
+]
+
+
+def test_blocks_tell_accepted_and_tested_without_the_counters():
+    output = output_of(ROWS, gamma=3)
+    accepted, tested = from_blocks(output.origins)
+    np.testing.assert_array_equal(accepted, [6, 0, 3])
+    np.testing.assert_array_equal(tested, [7, 2, 3])  # a bonus was never tested
+    np.testing.assert_array_equal(tested, output.statistics.tested)
+
+
+def counts(rows, gamma=3):
+    output = output_of(rows, gamma)
+    length = int(output.lengths.max())
+    overlap = np.full((len(rows), length), 0.5) * (np.arange(length) < output.lengths[:, None])
+    return Counts.of(output, TeacherForced(overlap, overlap, output.lengths), gamma)
+
+
+def test_keys_of_a_draft_by_hand():
+    keys = counts(ROWS).keys(3)
+    assert keys["acceptance_rate"] == keys["acceptance_rate_blocks"] == pytest.approx(9 / 12)
+    assert keys["acceptance_rate_overlap"] == pytest.approx(0.5)
+    assert keys["block_efficiency"] == pytest.approx(14 / 6)
+    assert keys["block_efficiency_iid"] == pytest.approx(1 + 0.75 + 0.75**2 + 0.75**3)
+    assert keys["accepted_histogram"] == [2, 1, 1, 2]
+    assert keys["num_prompts"] == 3
+    low, high = keys["block_efficiency_ci95"]
+    assert low < keys["block_efficiency"] < high
+
+
+def test_seeds_are_stacked_in_front_of_prompts():
+    both = Counts.stack([counts(ROWS), counts(ROWS[::-1])])
+    assert both.emitted.shape == (2, 3)
+    assert both.keys(3)["block_efficiency"] == pytest.approx(14 / 6)
+    assert both.keys(3)["accepted_histogram"] == [4, 2, 2, 4]
+    assert both.keys(3)["num_prompts"] == 3
+
+
+def test_gain_pairs_prompts():
+    better = [[(3, BONUS)] * 3, [(3, BONUS)] * 2, [(3, BONUS)]]
+    worse = [[(1, CORRECTED)] * 3, [(1, CORRECTED)] * 2, [(1, CORRECTED)]]
+    gain = counts(better).gain(counts(worse))
+    assert (gain.value, gain.low, gain.high) == pytest.approx((2, 2, 2))

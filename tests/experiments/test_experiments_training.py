@@ -6,17 +6,26 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from distillspec_jax import zoo
+from distillspec_jax.data import pipeline
+from distillspec_jax.data.jsonl import JsonlExamples
+from distillspec_jax.data.tasks import TaskConfig, load_task
 from distillspec_jax.data.vocabulary import load_vocabulary
 from distillspec_jax.distill.recipes import RECIPES, Recipe
-from experiments import distill, finetune, parts
+from distillspec_jax.errors import UserError
+from distillspec_jax.training.loop import LoopConfig
+from distillspec_jax.training.optimizers import OptimizerConfig
+from experiments import distill, finetune, parts, watching
+from experiments.bench import Loaded
 from experiments.distill import DistillConfig, RecipeConfig
 from experiments.finetune import FinetuneConfig
+from experiments.watching import DecoderConfig, make_decoding
 
 CONFIGS = Path(__file__).resolve().parents[2] / "experiments" / "configs"
 CLOCKS = ("wall_time", "seconds", "tokens_per_second", "train_seconds")
@@ -160,10 +169,11 @@ def test_every_field_of_a_recipe_can_be_set():
     assert changed == dataclasses.replace(RECIPES["gkd"], loss="jsd", beta=0.25, lambda1=0.5)
 
 
-def test_few_ends_are_warned_of(run):
-    _, _, err = run("distill", "--config.steps=2", "--config.rollout_length=2")
-    assert "warning: only" in err
-    assert "config.rollout_length" in err
+def test_few_ends_are_warned_of():
+    assert "only 20% of the samples" in distill._notice({"eos_rate": 0.2})
+    assert distill._notice({"eos_rate": 0.5}) is None
+    assert distill._notice({"eos_rate": float("nan")}) is None  # nothing was sampled
+    assert distill._notice({}) is None
 
 
 def bad_line(folder, line):
@@ -267,12 +277,66 @@ def test_another_run_in_the_workdir_is_refused_and_untouched(run, tmp_path):
     assert sorted(p.name for p in workdir.iterdir()) == ["config.json", "metrics.jsonl"]
 
 
-def test_more_steps_go_on_only_if_the_rates_stay(run, tmp_path):
-    assert run("finetune", "--config.steps=2")[0] is None
-    assert run("finetune", "--config.steps=4", "--config.loop.log_every=1")[0] is None
-    assert summary(tmp_path / "run")["steps"] == 4
-    cosine = {"optimizer__schedule": "cosine", "workdir": "cosine"}
-    assert run("finetune", "--config.steps=2", **cosine)[0] is None
-    code, _, err = run("finetune", "--config.steps=4", **cosine)
-    assert code == 2
-    assert "its steps is 2, yours is 4" in err
+def test_more_steps_go_on_only_if_the_rates_stay(tmp_path, models):
+    task = load_task(TaskConfig(name="jsonl", vocabulary="bytes", train_file="not read here"))
+    loaded = load_model(models / "draft")
+
+    def open_run(steps, schedule, log_every=50):
+        config = FinetuneConfig(
+            model="x",
+            task=TaskConfig(),
+            steps=steps,
+            batch_size=4,
+            optimizer=OptimizerConfig(schedule=schedule),
+            loop=LoopConfig(log_every=log_every),
+        )
+        with parts.open_run(tmp_path / schedule, "finetune", config, task, loaded) as run:
+            (run.workdir.path / "metrics.jsonl").write_text("")
+
+    open_run(2, "constant")
+    open_run(4, "constant", log_every=1)
+    open_run(2, "cosine")
+    with pytest.raises(UserError, match="its steps is 2, yours is 4"):
+        open_run(4, "cosine")
+
+
+def load_model(path):
+    model, params = zoo.load(path)
+    return Loaded(str(path), model, params)
+
+
+def test_what_the_decoder_finds_does_not_depend_on_batches(models, stories):
+    """The last batch is filled up with rows that must count nothing."""
+    target, draft = load_model(models / "target"), load_model(models / "draft")
+    vocabulary = load_vocabulary("arithmetic_stories")
+    examples = JsonlExamples(stories / "validation.jsonl")[:5]
+
+    def figures(batch_size, params=draft.params, model=draft.model):
+        batches = pipeline.eval_batches(
+            examples, vocabulary, batch_size=batch_size, input_length=41, target_length=57
+        )
+        config = DecoderConfig(gamma=3, temperatures=(1.0,), batch_size=batch_size)
+        watch = make_decoding(target, model, list(batches), config, max_new_tokens=7, seed=3)
+        return watch(params)
+
+    assert figures(3) == figures(5)
+    assert figures(5) == figures(5)
+    alike = figures(5, target.params, target.model)
+    assert alike["acceptance_rate_t1"] == 1.0
+    assert alike["block_efficiency_t1"] == alike["block_efficiency_mean"] > 3
+
+
+def test_quality_of_answers_is_of_real_rows_alone(models, stories, monkeypatch):
+    """An oracle that answers with the references has them all right."""
+    vocabulary = load_vocabulary("arithmetic_stories")
+    examples = JsonlExamples(stories / "validation.jsonl")[:5]
+    batches = list(
+        pipeline.eval_batches(examples, vocabulary, batch_size=3, input_length=41, target_length=57)
+    )
+    answers = iter([batch.targets for batch in batches])
+    monkeypatch.setattr(
+        watching, "autoregressive_sample", lambda *_, **__: SimpleNamespace(tokens=next(answers))
+    )
+    task = SimpleNamespace(vocabulary=vocabulary, metric="exact_match_number", target_length=57)
+    watch = watching.make_quality(load_model(models / "draft").model, task, batches)
+    assert watch(None) == {"quality": 100.0}

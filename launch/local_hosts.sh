@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Runs an entrypoint as N hosts on this machine, to try out what a pod would do.
+#
+#   bash launch/local_hosts.sh [--dry-run] N ENTRYPOINT [flags of the entrypoint]
+#
+# Lines are marked with the number of their host. When one process fails the others are stopped.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/environment.sh
+
+dry_run=
+if [ "${1:-}" = --dry-run ]; then
+  dry_run=1
+  shift
+fi
+[ $# -ge 2 ] || fail "give N and ENTRYPOINT; see the head of launch/local_hosts.sh"
+[[ $1 =~ ^[1-9][0-9]*$ ]] || fail "N is $1: give the number of hosts, from 1"
+hosts=$1 entrypoint=$2
+shift 2
+make_environment ''
+port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+
+pids=()
+for ((host = 0; host < hosts; host++)); do
+  command=(env "JAX_COORDINATOR_ADDRESS=localhost:$port" "DISTILLSPEC_HOSTS=$hosts"
+    "DISTILLSPEC_HOST=$host" "$python" -m "experiments.$entrypoint" "$@")
+  if [ -n "$dry_run" ]; then
+    echo "${command[@]}"
+  else
+    "${command[@]}" > >(sed "s/^/[$host] /") 2> >(sed "s/^/[$host] /" >&2) &
+    pids+=($!)
+  fi
+done
+
+status=0
+while [ "${#pids[@]}" -gt 0 ] && [ "$status" = 0 ]; do
+  running=()
+  for pid in "${pids[@]}"; do
+    if kill -0 "$pid" 2>/dev/null; then
+      running+=("$pid")
+    else
+      wait "$pid" || status=$?
+    fi
+  done
+  pids=(${running[@]+"${running[@]}"})
+  sleep 0.2
+done
+if [ "$status" != 0 ] && [ "${#pids[@]}" -gt 0 ]; then
+  kill "${pids[@]}" 2>/dev/null || true
+  wait
+fi
+exit "$status"

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Runs an entrypoint on every worker of a Cloud TPU slice, from the commit that is checked out.
+#
+#   bash launch/tpu_pod.sh [--dry-run] TPU_NAME ZONE ENTRYPOINT [flags of the entrypoint]
+#   bash launch/tpu_pod.sh my-v5e-64 us-west4-a distill --config=... --workdir=gs://bucket/run
+#
+# Needs gcloud with access to the slice, and Python 3.11 or 3.12 on its workers. Run it again to
+# resume: the workdir decides whether the job is new.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+run=()
+if [ "${1:-}" = --dry-run ]; then
+  run=(echo)
+  shift
+fi
+if [ $# -lt 3 ]; then
+  echo "error: give TPU_NAME ZONE ENTRYPOINT; see the head of $0" >&2
+  exit 2
+fi
+name=$1 zone=$2 entrypoint=$3
+shift 3
+flags=$(printf ' %q' "$@")
+
+archive=$(mktemp -d)/distillspec_jax.tar.gz
+git archive --output="$archive" HEAD
+${run[@]+"${run[@]}"} gcloud compute tpus tpu-vm scp "$archive" "$name": --zone="$zone" --worker=all
+${run[@]+"${run[@]}"} gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="
+  set -e
+  mkdir -p distillspec_jax && cd distillspec_jax && tar -xzf ../distillspec_jax.tar.gz
+  source launch/environment.sh && make_environment tpu
+  source launch/xla_flags.sh && xla_flags tpu
+  DISTILLSPEC_HOSTS=auto exec \"\$python\" -m experiments.$entrypoint$flags"

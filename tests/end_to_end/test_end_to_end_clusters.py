@@ -1,0 +1,222 @@
+"""The launchers of clusters: what they would run, with which flags, and the JobSet's schema."""
+
+import json
+import os
+import re
+import shlex
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+SCHEMA = json.loads((ROOT / "tests" / "golden" / "jobset_schema.json").read_text())
+FLAGS = ["--config=experiments/configs/a.py:b,c", "--workdir=gs://bucket/a run", "--config.x='y'"]
+
+# Stands in for Python: says what it was given, waits or fails as the flags ask for.
+FAKE = """#!/usr/bin/env bash
+case "$*" in
+  "-c import sys"*) echo 3.11; exit ;;
+  "-c import socket"*) echo 4711; exit ;;
+  "-c"* | "-m pip"*) exit ;;
+  "--version") echo Python 3.11.7; exit ;;
+esac
+echo "$DISTILLSPEC_HOST of $DISTILLSPEC_HOSTS at $JAX_COORDINATOR_ADDRESS: $*"
+for flag in "$@"; do
+  if [ "$flag" = "--fail=$DISTILLSPEC_HOST" ]; then exit 7; fi
+  if [ "$flag" = "--wait" ]; then echo "pid $$"; exec sleep 60; fi
+done
+"""
+
+
+def run(script, *arguments, **variables):
+    command = ["bash", f"launch/{script}", *arguments]
+    environment = {**os.environ, **variables}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+
+
+@pytest.fixture
+def venv(tmp_path):
+    """An environment whose Python is the fake."""
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(FAKE)
+    python.chmod(0o755)
+    return str(tmp_path / "venv")
+
+
+def test_a_pod_gets_the_commit_and_the_flags_on_all_workers():
+    done = run("tpu_pod.sh", "--dry-run", "my-v5e", "us-west4-a", "distill", *FLAGS)
+    assert done.returncode == 0, done.stderr
+    copy, _, command = done.stdout.partition("\n")
+    assert copy.startswith("gcloud compute tpus tpu-vm scp ")
+    assert copy.endswith("my-v5e: --zone=us-west4-a --worker=all")
+    assert command.startswith(
+        "gcloud compute tpus tpu-vm ssh my-v5e --zone=us-west4-a --worker=all"
+    )
+    last = command.strip().splitlines()[-1]
+    assert shlex.split(last)[-len(FLAGS) :] == FLAGS  # quoted for the shell on the other side
+    assert 'DISTILLSPEC_HOSTS=auto exec "$python" -m experiments.distill' in last
+
+
+def test_the_command_of_a_pod_is_shell():
+    done = run("tpu_pod.sh", "--dry-run", "my-v5e", "us-west4-a", "distill", *FLAGS)
+    command = done.stdout.partition("--command=")[2]
+    checked = subprocess.run(["bash", "-n"], input=command, text=True, capture_output=True)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_slurm_starts_one_process_per_gpu_with_the_flags():
+    done = run("slurm.sbatch", "--dry-run", "distill", *FLAGS, DISTILLSPEC_VENV="/venv")
+    assert done.returncode == 0, done.stderr
+    expected = "srun --kill-on-bad-exit=1 /venv/bin/python -m experiments.distill "
+    assert done.stdout.strip() == expected + " ".join(FLAGS)
+    options = re.findall(
+        r"^#SBATCH --([a-z-]+)=?(\S*)", (ROOT / "launch/slurm.sbatch").read_text(), re.M
+    )
+    options = dict(options)
+    assert options["gpus-per-node"] == options["ntasks-per-node"]
+    # a job that is stopped saves itself and is put into the queue again
+    assert "requeue" in options
+    assert options["signal"].startswith("TERM@")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("tpu_pod.sh", ["--dry-run", "name", "zone"]),
+        ("slurm.sbatch", ["--dry-run"]),
+        ("local_hosts.sh", ["2"]),
+        ("local_hosts.sh", ["none", "distill"]),
+    ],
+)
+def test_missing_arguments_are_refused(script, arguments):
+    done = run(script, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+
+
+def test_local_hosts_prints_what_it_would_run(venv):
+    done = run("local_hosts.sh", "--dry-run", "3", "distill", "--a=b", DISTILLSPEC_VENV=venv)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    assert "DISTILLSPEC_HOSTS=3 DISTILLSPEC_HOST=2" in lines[2]
+    assert all(line.endswith("-m experiments.distill --a=b") for line in lines)
+
+
+def test_local_hosts_are_marked_and_meet_at_one_address(venv):
+    done = run("local_hosts.sh", "2", "distill", "--a=b c", DISTILLSPEC_VENV=venv)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == [
+        f"[{host}] {host} of 2 at localhost:4711: -m experiments.distill --a=b c"
+        for host in range(2)
+    ]
+
+
+def test_one_failed_host_stops_the_others(venv):
+    done = run("local_hosts.sh", "3", "distill", "--fail=1", "--wait", DISTILLSPEC_VENV=venv)
+    assert done.returncode == 7
+    for pid in map(int, re.findall(r"pid (\d+)", done.stdout)):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@pytest.fixture(scope="module")
+def jobset():
+    text = (ROOT / "launch" / "gke_jobset.yaml").read_text()
+    values = dict(NAME="distil-1", IMAGE="image", WORKERS="16", ACCELERATOR="tpu-v5-lite-podslice")
+    values |= dict(TOPOLOGY="8x8", ENTRYPOINT="distill", FLAGS="--workdir=gs://bucket/run")
+    assert set(re.findall(r"\$\{(\w+)\}", text)) == set(values)
+    return yaml.safe_load(string.Template(text).substitute(values))
+
+
+def problems(value, schema, where="jobset"):
+    """What is wrong with a value, by the schema; nothing if all is well."""
+    kinds = {"string": str, "integer": int}
+    if "type" in schema and type(value) is not kinds[schema["type"]]:
+        return [f"{where} is {value!r}, no {schema['type']}"]
+    if "enum" in schema and value not in schema["enum"]:
+        return [f"{where} is {value!r}, none of {schema['enum']}"]
+    if "pattern" in schema and not re.fullmatch(schema["pattern"], value):
+        return [f"{where} is {value!r}, not like {schema['pattern']}"]
+    if "items" in schema:
+        if not isinstance(value, list):
+            return [f"{where} is no list"]
+        found = [problems(v, schema["items"], f"{where}[{i}]") for i, v in enumerate(value)]
+        return sum(found, [])
+    if "properties" not in schema and "values" not in schema:
+        return []
+    if not isinstance(value, dict):
+        return [f"{where} is no mapping"]
+    missing = set(schema.get("required", ())) - set(value)
+    found = [f"{where} has no {key}" for key in sorted(missing)]
+    for key, inner in value.items():
+        known = schema["values"] if "values" in schema else schema["properties"].get(key)
+        inner_problems = [f"{where}.{key} is unknown"]
+        if known is not None:
+            inner_problems = problems(inner, known, f"{where}.{key}")
+        found += inner_problems
+    return found
+
+
+def test_jobset_fits_the_schema(jobset):
+    assert problems(jobset, SCHEMA) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (["kind"], "Jobset", "none of ['JobSet']"),
+        (["metadata", "name"], "Distil_1", "not like"),
+        (["spec", "replicatedJobs", 0, "replica"], 1, "replica is unknown"),
+        (["spec", "replicatedJobs", 0, "template", "spec", "completions"], "16", "no integer"),
+        (["spec", "failurePolicy", "rules", 0, "action"], "Fail", "none of"),
+        (["spec", "replicatedJobs"], {}, "is no list"),
+    ],
+)
+def test_the_schema_refuses_what_is_wrong(jobset, path, value, words):
+    broken = json.loads(json.dumps(jobset))
+    place = broken
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    assert any(words in problem for problem in problems(broken, SCHEMA))
+
+
+def test_jobset_runs_one_indexed_worker_per_host_and_does_not_retry_bad_input(jobset):
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert job["parallelism"] == job["completions"] == 16
+    assert job["completionMode"] == "Indexed"
+    [rule] = job["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"]["values"] == [2]
+    [container] = job["template"]["spec"]["containers"]
+    assert rule["onExitCodes"]["containerName"] == container["name"]
+    assert container["command"][-1].endswith("-m experiments.distill --workdir=gs://bucket/run")
+    checked = subprocess.run(["bash", "-n"], input=container["command"][-1], text=True)
+    assert checked.returncode == 0
+
+
+def test_gpu_flags_are_known_to_this_jax():
+    """XLA ends the process at a flag that it does not know."""
+    script = 'source launch/xla_flags.sh; xla_flags gpu; export JAX_PLATFORMS=cpu; exec "$0" -c '
+    script += "'import jax; print(jax.devices())'"
+    done = subprocess.run(
+        ["bash", "-c", script, sys.executable], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_flags_of_the_user_come_last_and_win():
+    script = "source launch/xla_flags.sh; xla_flags tpu; echo $LIBTPU_INIT_ARGS"
+    environment = {**os.environ, "LIBTPU_INIT_ARGS": "--mine=1"}
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.split()[-1] == "--mine=1"
+    assert len(done.stdout.split()) > 3

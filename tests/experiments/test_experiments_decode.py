@@ -1,0 +1,173 @@
+"""decode from prompts to texts: file, flags and terminal, origins and colours, bad input."""
+
+import io
+import json
+
+import pytest
+from rich.text import Text
+
+from distillspec_jax.data.vocabulary import load_vocabulary
+from distillspec_jax.decoding.state import ACCEPTED, BONUS, CORRECTED
+from experiments import decode
+from experiments.decoder import STYLES, Answer, DecodeConfig, coloured
+
+PROMPTS = ("Tom has 3 apples .", "Anna has 7 pens and buys 2 more .", "Ben has 4 pears .")
+
+
+@pytest.fixture
+def run(enter, models, tmp_path):
+    """Decodes with the tiny models: (exit code, stdout, stderr, workdir)."""
+
+    def run(*flags, workdir="run", **changes):
+        values = {
+            "target": str(models / "target"),
+            "draft": str(models / "draft"),
+            "gamma": 2,
+            "max_new_tokens": 5,
+            "batch_size": 2,
+            "temperature": 1.0,
+            **changes,
+        }
+        path = tmp_path / "decode.py"
+        path.write_text(
+            "from ml_collections import ConfigDict\n"
+            f"def get_config():\n    return ConfigDict({values!r})\n"
+        )
+        folder = tmp_path / workdir
+        main = decode.main_with_flags
+        out = enter(main, DecodeConfig, f"--config={path}", f"--workdir={folder}", *flags)
+        return *out, folder
+
+    return run
+
+
+def outputs(folder):
+    return [json.loads(line) for line in (folder / "outputs.jsonl").read_text().splitlines()]
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    return load_vocabulary("arithmetic_stories")
+
+
+def test_prompts_of_a_file(run, tmp_path, vocabulary):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"input": prompt}) + "\n" for prompt in PROMPTS))
+    code, out, _, folder = run(f"--prompts={path}")
+    assert code is None
+    rows = outputs(folder)
+    assert [row["prompt"] for row in rows] == list(PROMPTS)
+    for row in rows:
+        assert row["output"] == vocabulary.decode(row["tokens"])
+        assert len(row["origins"]) == len(row["tokens"]) <= 5
+        assert set(row["origins"]) <= {"accepted", "corrected", "bonus"}
+        assert row["output"] in out
+    figures = summary(folder)
+    assert figures["block_efficiency"] == pytest.approx(
+        sum(row["emitted"] for row in rows) / sum(row["calls"] for row in rows)
+    )
+    assert figures["num_prompts"] == 3
+    assert figures["lossless"] is True
+    assert figures["tokens_per_second_speculative"] > 0
+    assert figures["gamma"] == 2
+    batches = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [batch["done"] for batch in batches] == [2, 3]
+    assert [("compile_seconds" in batch) for batch in batches] == [True, False]
+
+
+def test_lines_flags_and_terminal_give_the_same_texts(run, tmp_path, monkeypatch):
+    """A row depends on its id and prompt, not on the batch: one by one is as all at once."""
+    path = tmp_path / "prompts.txt"
+    path.write_text(f"{PROMPTS[0]}\n\n{PROMPTS[1]}\n{PROMPTS[2]}\n")
+    expected = outputs(run(f"--prompts={path}", workdir="lines")[3])
+    assert len(expected) == 3
+    flags = [f"--prompt={prompt}" for prompt in PROMPTS]
+    assert outputs(run(*flags, workdir="flags")[3]) == expected
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(PROMPTS) + "\n\n"))
+    assert outputs(run(workdir="terminal")[3]) == expected
+
+
+def test_without_a_draft(run):
+    code, _, _, folder = run(f"--prompt={PROMPTS[0]}", draft="")
+    assert code is None
+    [row] = outputs(folder)
+    assert set(row) == {"prompt", "output", "tokens"}
+    assert summary(folder)["tokens_per_second_target"] > 0
+    assert "block_efficiency" not in summary(folder)
+
+
+def test_greedy_with_and_without_a_draft_is_the_same_text(run):
+    flags = [f"--prompt={prompt}" for prompt in PROMPTS]
+    texts = [
+        [row["tokens"] for row in outputs(run(*flags, workdir=name, temperature=0.0, draft=d)[3])]
+        for name, d in (("alone", ""), ("both", None))
+        if d is not None
+    ]
+    with_draft = outputs(run(*flags, workdir="both", temperature=0.0)[3])
+    assert [row["tokens"] for row in with_draft] == texts[0]
+
+
+def test_a_prompt_of_the_terminal_that_is_too_long_is_left_out(run, monkeypatch):
+    lines = [PROMPTS[0], "and " * 60, PROMPTS[1]]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    code, _, err, folder = run()
+    assert code is None
+    assert [row["prompt"] for row in outputs(folder)] == [PROMPTS[0], PROMPTS[1]]
+    assert "error: the prompt:1 is too long" in err
+
+
+def test_colours_are_those_of_the_origins(vocabulary):
+    tokens = vocabulary.encode("Tom has 3 apples")
+    origins = [ACCEPTED, CORRECTED, BONUS, ACCEPTED][: len(tokens)]
+    assert len(tokens) == 4
+    text = coloured(Answer("", "Tom has 3 apples", tokens, origins), vocabulary)
+    assert text.plain == "Tom has 3 apples"
+    shown = [(text.plain[span.start : span.end].strip(), span.style) for span in text.spans]
+    assert shown == [
+        (word, STYLES[origin])
+        for word, origin in zip(["Tom", "has", "3", "apples"], origins, strict=True)
+    ]
+    assert len(set(STYLES.values())) == 3
+    assert coloured(Answer("", "plain", tokens), vocabulary) == Text("plain")
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes", "words"),
+    [
+        (["--prompts=nowhere.txt"], {}, "there is no file of prompts 'nowhere.txt'"),
+        (["--prompts=nowhere.jsonl"], {}, "the file 'nowhere.jsonl' does not exist"),
+        (["--prompts=a.txt", "--prompt=b"], {}, "give --prompts or --prompt"),
+        (["--prompt=   "], {}, "--prompt holds no prompt"),
+        (["--prompt=" + "and " * 60], {}, "--prompt:1 is too long: 60 input"),
+        ([], {"gamma": 0}, "config.gamma is 0, must be at least 1"),
+        ([], {"draft": "stories-draf"}, "did you mean 'stories-draft'"),
+        ([], {"temprature": 0.5}, "did you mean 'config.temperature'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_written(run, flags, changes, words):
+    code, _, err, folder = run(*flags, **changes)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert words in err
+    assert err.count("\n") == 1
+    assert not folder.exists()
+
+
+def test_broken_lines_are_named(run, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"input": "a"}\n{"input": \n')
+    code, _, err, folder = run(f"--prompts={path}")
+    assert code == 2
+    assert "prompts.jsonl:2: not valid JSON" in err
+    assert not folder.exists()
+
+
+def test_a_terminal_without_a_prompt_says_so(run, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n\n"))
+    code, _, err, _ = run()
+    assert code == 2
+    assert "there was no prompt" in err
