@@ -21,10 +21,11 @@ from distillspec_jax.data.vocabulary import Vocabulary, load_vocabulary
 from distillspec_jax.errors import UserError, unknown_name
 from distillspec_jax.interop import huggingface, huggingface_config, native, orbax, t5x
 from distillspec_jax.interop.folders import read_json_object
+from distillspec_jax.interop.placing import checked_dtype
 from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.models.presets import PRESETS
 from distillspec_jax.models.transformer import Params, Transformer, init_params
-from distillspec_jax.training.checkpoints import chosen_step
+from distillspec_jax.training.checkpoints import chosen_step, drop_unfinished_reads
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 
@@ -87,7 +88,12 @@ def load(
     config = _read_config(found)
     places = None if shardings is None else shardings(config)
     read_params = READERS[found.kind].read_params
-    return Transformer(config), read_params(found.path, config, shardings=places, dtype=dtype)
+    try:
+        params = read_params(found.path, config, shardings=places, dtype=dtype)
+    except UserError:
+        drop_unfinished_reads()
+        raise
+    return Transformer(config), params
 
 
 def describe(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -185,8 +191,10 @@ def _fresh(
 ) -> tuple[Transformer, Params]:
     fresh = Transformer(config)
 
+    stored = checked_dtype(dtype)
+
     def init(key: jax.Array) -> Params:
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), init_params(fresh, key))
+        return jax.tree.map(lambda leaf: leaf.astype(stored), init_params(fresh, key))
 
     places = None if shardings is None else shardings(config)
     return fresh, jax.jit(init, out_shardings=places)(jax.random.key(seed))

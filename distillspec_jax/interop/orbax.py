@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 import distillspec_jax
 from distillspec_jax.errors import UserError
-from distillspec_jax.interop import layout
+from distillspec_jax.interop import layout, placing
 from distillspec_jax.interop.folders import new_folder
 from distillspec_jax.interop.native import model_config
 from distillspec_jax.interop.tensors import check_tensors
@@ -55,13 +54,13 @@ def read_params(
     step: Path, config: ModelConfig, *, shardings: Any = None, dtype: str = "float32"
 ) -> Any:
     """The weights of the checkpoint `step`, whose shape is `config`, each in its place."""
-    place = step / "params"
+    place, stored = step / "params", placing.checked_dtype(dtype)
     table = layout.leaves(config)
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = {
         leaf.path: jax.ShapeDtypeStruct(
             leaf.shape,
-            jnp.dtype(dtype),
+            stored,
             sharding=default if shardings is None else layout.get(shardings, leaf.path),
         )
         for leaf in table

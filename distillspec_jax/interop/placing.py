@@ -32,13 +32,19 @@ def assemble(leaves: Iterable[Leaf], read: Read, *, shardings: Any = None, dtype
       shardings: tree of `jax.sharding.Sharding` like the parameters; None: the default device.
       dtype: of the parameters, float32 or bfloat16.
     """
-    if dtype not in PARAM_DTYPES:
-        raise UserError(f"parameters can be {' or '.join(PARAM_DTYPES)}, not {dtype!r}")
+    stored = checked_dtype(dtype)
     flat = {}
     for leaf in leaves:
         sharding = None if shardings is None else get(shardings, leaf.path)
-        flat[leaf.path] = _place(leaf, read, sharding, np.dtype(jnp.dtype(dtype)))
+        flat[leaf.path] = _place(leaf, read, sharding, stored)
     return nested(flat)
+
+
+def checked_dtype(dtype: str) -> np.dtype:
+    """The dtype of parameters called `dtype`; raises UserError for one that they cannot have."""
+    if dtype not in PARAM_DTYPES:
+        raise UserError(f"parameters can be {' or '.join(PARAM_DTYPES)}, not {dtype!r}")
+    return np.dtype(jnp.dtype(dtype))
 
 
 def _place(leaf: Leaf, read: Read, sharding: Sharding | None, dtype: np.dtype) -> jax.Array:

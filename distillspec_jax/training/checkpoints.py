@@ -107,7 +107,7 @@ class Checkpoints:
             else:
                 self._best.step = memory.get("best_step", -1)
                 return restored, memory
-            _drop_unfinished_reads()
+            drop_unfinished_reads()
             self._put_aside(step, reason)
         if steps:
             raise UserError(
@@ -253,7 +253,7 @@ def _first_line(error: Exception) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def _drop_unfinished_reads() -> None:
+def drop_unfinished_reads() -> None:
     """Lets the other reads of a failed restore go without a traceback of each on the terminal."""
     logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
     was_disabled = logger.disabled
