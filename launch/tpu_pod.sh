@@ -22,8 +22,8 @@ name=$1 zone=$2 entrypoint=$3
 shift 3
 flags=$(printf ' %q' "$@")
 
-archive=$(mktemp -d)/distillspec_jax.tar.gz
-git archive --output="$archive" HEAD
+archive=${TMPDIR:-/tmp}/distillspec_jax.tar.gz
+${run[@]+"${run[@]}"} git archive --output="$archive" HEAD
 ${run[@]+"${run[@]}"} gcloud compute tpus tpu-vm scp "$archive" "$name": --zone="$zone" --worker=all
 ${run[@]+"${run[@]}"} gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="
   set -e

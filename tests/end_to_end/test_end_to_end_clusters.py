@@ -53,7 +53,9 @@ def venv(tmp_path):
 def test_a_pod_gets_the_commit_and_the_flags_on_all_workers():
     done = run("tpu_pod.sh", "--dry-run", "my-v5e", "us-west4-a", "distill", *FLAGS)
     assert done.returncode == 0, done.stderr
-    copy, _, command = done.stdout.partition("\n")
+    archive, copy, command = done.stdout.split("\n", 2)
+    assert archive.startswith("git archive --output=")
+    assert archive.endswith("/distillspec_jax.tar.gz HEAD")
     assert copy.startswith("gcloud compute tpus tpu-vm scp ")
     assert copy.endswith("my-v5e: --zone=us-west4-a --worker=all")
     assert command.startswith(
@@ -148,8 +150,8 @@ def problems(value, schema, where="jobset"):
     if "items" in schema:
         if not isinstance(value, list):
             return [f"{where} is no list"]
-        found = [problems(v, schema["items"], f"{where}[{i}]") for i, v in enumerate(value)]
-        return sum(found, [])
+        items = enumerate(value)
+        return [p for i, v in items for p in problems(v, schema["items"], f"{where}[{i}]")]
     if "properties" not in schema and "values" not in schema:
         return []
     if not isinstance(value, dict):
