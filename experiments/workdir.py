@@ -6,9 +6,10 @@ import dataclasses
 import fcntl
 import json
 import os
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import flax
 import jax
@@ -49,7 +50,7 @@ class Workdir:
             _refuse_other_run(path, experiment, config, may_change)
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._lock = _lock(path)
+        self._unlock = weakref.finalize(self, os.close, _lock(path))
         write_json(path / CONFIG, {"experiment": experiment, **dataclasses.asdict(config)})
 
     def write_summary(self, values: Mapping[str, Any], *, seed: int) -> Path:
@@ -60,7 +61,7 @@ class Workdir:
 
     def close(self) -> None:
         """Lets another job in."""
-        self._lock.close()
+        self._unlock()
 
     def __enter__(self) -> Workdir:
         return self
@@ -122,16 +123,17 @@ def _replace(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
-def _lock(path: Path) -> IO[str]:
-    file = (path / LOCK).open("a")
+def _lock(path: Path) -> int:
+    """A file descriptor that holds the lock; the lock goes with the process, killed or not."""
+    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, killed or not
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        file.close()
+        os.close(descriptor)
         raise UserError(
             f"another job is at work in --workdir={path}; wait or choose another"
         ) from None
-    return file
+    return descriptor
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
