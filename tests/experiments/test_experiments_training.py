@@ -277,14 +277,15 @@ def test_another_run_in_the_workdir_is_refused_and_untouched(run, tmp_path):
     assert sorted(p.name for p in workdir.iterdir()) == ["config.json", "metrics.jsonl"]
 
 
-def test_more_steps_go_on_only_if_the_rates_stay(tmp_path, models):
-    task = load_task(TaskConfig(name="jsonl", vocabulary="bytes", train_file="not read here"))
+def test_more_steps_go_on_only_if_the_rates_stay(tmp_path, models, stories):
+    jsonl = TaskConfig(name="jsonl", vocabulary="bytes", train_file=str(stories / "train.jsonl"))
+    task = load_task(jsonl)
     loaded = load_model(models / "draft")
 
     def open_run(steps, schedule, log_every=50):
         config = FinetuneConfig(
             model="x",
-            task=TaskConfig(),
+            task=jsonl,
             steps=steps,
             batch_size=4,
             optimizer=OptimizerConfig(schedule=schedule),

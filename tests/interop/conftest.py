@@ -4,9 +4,14 @@ import importlib.util
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+
+from distillspec_jax import zoo
+from distillspec_jax.interop import layout
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
@@ -16,6 +21,19 @@ def load_module(path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def random_model():
+    """(config, seed) -> a model and random parameters, without compiling anything."""
+
+    def make(config, seed=0):
+        rng = np.random.default_rng(seed)
+        shapes = {leaf.path: leaf.shape for leaf in layout.leaves(config)}
+        params = {path: rng.standard_normal(s, np.float32) for path, s in shapes.items()}
+        return zoo.model(config), jax.tree.map(jnp.asarray, layout.nested(params))
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,8 @@ import pytest
 from distillspec_jax import zoo
 from distillspec_jax.data.vocabulary import load_vocabulary
 from distillspec_jax.errors import UserError
-from distillspec_jax.interop import huggingface, native, orbax
+from distillspec_jax.interop import huggingface, orbax
 from distillspec_jax.models.config import ModelConfig
-from distillspec_jax.models.transformer import init_params
 from distillspec_jax.sharding.mesh import MeshConfig, make_mesh
 from distillspec_jax.sharding.rules import param_shardings
 from distillspec_jax.training.checkpoints import Checkpoints
@@ -37,8 +37,8 @@ CONFIG = ModelConfig(
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    return zoo.model(CONFIG), init_params(zoo.model(CONFIG), jax.random.key(7))
+def tiny(random_model):
+    return random_model(CONFIG)
 
 
 def assert_same(first, second):
@@ -226,34 +226,30 @@ def test_bfloat16_parameters(tmp_path, tiny, kind):
         zoo.load(tmp_path / "x", dtype="float16")
 
 
-def test_a_vocabulary_beside_the_weights_says_which_rows_are_padding(tmp_path):
+def test_a_vocabulary_beside_the_weights_says_which_rows_are_padding(tmp_path, random_model):
     vocabulary = load_vocabulary("arithmetic_stories")
     config = dataclasses.replace(CONFIG, vocab_size=440, num_pieces=440)
-    model = zoo.model(config)
-    params = init_params(model, jax.random.key(0))
-    spiece = {"spiece.model": (native_vocabulary()).read_bytes()}
-    huggingface.save(model, params, tmp_path / "x", extra_files=spiece)
+    spiece = {"spiece.model": stories_model().read_bytes()}
+    huggingface.save(*random_model(config), tmp_path / "x", extra_files=spiece)
     assert zoo.load(tmp_path / "x")[0].config.num_pieces == vocabulary.size
     assert zoo.describe(tmp_path / "x")["vocabulary_fingerprint"] == vocabulary.fingerprint
 
     small = dataclasses.replace(config, vocab_size=30, num_pieces=30)
-    params = init_params(zoo.model(small), jax.random.key(0))
-    huggingface.save(zoo.model(small), params, tmp_path / "y", extra_files=spiece)
+    huggingface.save(*random_model(small), tmp_path / "y", extra_files=spiece)
     refused(tmp_path / "y", f"has {vocabulary.size} pieces, the model only 30 rows")
 
     (tmp_path / "x" / "spiece.model").unlink()
     assert zoo.load(tmp_path / "x")[0].config.num_pieces == 440
-    (tmp_path / "x" / "spiece.model").symlink_to(native_vocabulary())
+    (tmp_path / "x" / "spiece.model").symlink_to(stories_model())
     refused(tmp_path / "x", "is a link out of the folder")
 
 
-def native_vocabulary():
-    return native.Path(zoo.__file__).parent / "data/vocabularies/arithmetic_stories.model"
+def stories_model():
+    return Path(zoo.__file__).parent / "data/vocabularies/arithmetic_stories.model"
 
 
-def test_byt5_needs_no_vocabulary_file(tmp_path):
+def test_byt5_needs_no_vocabulary_file(tmp_path, random_model):
     config = dataclasses.replace(CONFIG, vocab_size=400, num_pieces=400)
-    params = init_params(zoo.model(config), jax.random.key(0))
     settings = {"tokenizer_config.json": b'{"tokenizer_class": "ByT5Tokenizer"}'}
-    huggingface.save(zoo.model(config), params, tmp_path / "x", extra_files=settings)
+    huggingface.save(*random_model(config), tmp_path / "x", extra_files=settings)
     assert zoo.load(tmp_path / "x")[0].config.num_pieces == 384

@@ -105,11 +105,13 @@ def test_only_matrices_decay(name):
         "attention": {"q": jnp.ones((5, 3)), "relative_bias": jnp.ones((2, 3))},
         "norm": {"scale": jnp.ones(3)},
         "bias": jnp.ones(2),
+        "gain": jnp.ones(2),
     }
     expected = {
         "attention": {"q": True, "relative_bias": False},
         "norm": {"scale": False},
         "bias": False,
+        "gain": False,
     }
     assert decayed(params) == expected
     optimizer = make_optimizer(OptimizerConfig(name=name, weight_decay=0.5), STEPS)
