@@ -9,6 +9,7 @@ model, params = zoo.load("path/to/folder")       # a folder that `save_native` w
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import numpy as np
 
 from distillspec_jax.data.vocabulary import Vocabulary, load_vocabulary
 from distillspec_jax.errors import UserError, unknown_name
@@ -189,12 +191,13 @@ def _read_config(found: Found) -> ModelConfig:
 def _fresh(
     config: ModelConfig, seed: int, shardings: Callable[[ModelConfig], Any] | None, dtype: str
 ) -> tuple[Transformer, Params]:
-    fresh = Transformer(config)
+    fresh, key, stored = Transformer(config), jax.random.key(seed), checked_dtype(dtype)
+    if shardings is None:
+        return fresh, _initialized(key, fresh, stored)
+    init = functools.partial(_initialized, model=fresh, dtype=stored)
+    return fresh, jax.jit(init, out_shardings=shardings(config))(key)
 
-    stored = checked_dtype(dtype)
 
-    def init(key: jax.Array) -> Params:
-        return jax.tree.map(lambda leaf: leaf.astype(stored), init_params(fresh, key))
-
-    places = None if shardings is None else shardings(config)
-    return fresh, jax.jit(init, out_shardings=places)(jax.random.key(seed))
+@functools.partial(jax.jit, static_argnames=("model", "dtype"))
+def _initialized(key: jax.Array, model: Transformer, dtype: np.dtype) -> Params:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), init_params(model, key))
