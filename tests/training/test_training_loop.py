@@ -59,11 +59,12 @@ def test_logs_means_of_sums_and_counts(make_toy):
         assert record["target_length"] == 3.0
 
 
-def test_evaluates_first_every_so_often_and_last(make_toy):
+@pytest.mark.parametrize(("every", "at"), [(5, [0, 5, 10, 13]), (0, [0, 13])])
+def test_evaluates_first_every_so_often_and_last(make_toy, every, at):
     toy = make_toy()
-    toy.run(steps=13, evaluate_every=5)
-    assert [r["step"] for r in records(toy, "eval")] == [0, 5, 10, 13]
-    assert [r["at"] for r in records(toy, "eval")] == [0, 5, 10, 13]
+    toy.run(steps=13, evaluate_every=every)
+    assert [r["step"] for r in records(toy, "eval")] == at
+    assert [r["at"] for r in records(toy, "eval")] == at  # the state is that of the step
     assert records(toy, "eval")[0]["size"] == 15.0
 
 
