@@ -6,6 +6,8 @@
 #   --slow    also the long checks
 #   --peers   also the checks against torch, transformers and trl (installs them)
 #   --python  the version to test with, in an environment of its own
+#
+# Two workers share the suite, file by file; `-n 0` in the arguments runs it in one process.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
@@ -19,7 +21,7 @@ while [ $# -gt 0 ]; do
       shift
       ;;
     -h | --help)
-      sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+      sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
       exit 0
       ;;
     *) arguments+=("$1") ;;
@@ -31,5 +33,5 @@ make_environment "$extra" "$version"
 status=0
 "$python" -m ruff check . || status=1
 "$python" -m mypy || status=1
-"$python" -m pytest ${arguments[@]+"${arguments[@]}"} || status=$?
+"$python" -m pytest -n 2 --dist loadfile ${arguments[@]+"${arguments[@]}"} || status=$?
 exit "$status"

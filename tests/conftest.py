@@ -32,6 +32,14 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason=skips[mark]))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled_code():
+    """Each compiled program holds memory mappings, and the kernel allows a process 65,530 of them:
+    past that XLA dies of a segmentation fault in the middle of a compilation."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data beside the project; tests that need it skip without it."""

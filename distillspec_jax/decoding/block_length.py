@@ -116,5 +116,5 @@ def efficiency_by_gamma(accepted_histogram: Sequence[int] | np.ndarray) -> dict[
     of accepted tokens, summed over rows.
     """
     histogram = np.asarray(accepted_histogram, np.float64)
-    at_least = histogram[::-1].cumsum()[::-1][1:] / histogram.sum()
+    at_least = np.cumsum(histogram[::-1])[::-1][1:] / histogram.sum()
     return {i + 1: float(1 + at_least[: i + 1].sum()) for i in range(len(at_least))}

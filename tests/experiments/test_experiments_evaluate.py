@@ -23,19 +23,22 @@ SAMPLED = (
     *("acceptance_rate", "block_efficiency", "tokens_per_second_target", "quality"),
     *("tokens_per_second_speculative", "speedup_wall_clock"),
 )
+NOISE = 0.5
 
 
 @pytest.fixture(scope="module")
 def drafts(models, tmp_path_factory):
     """Three models of one shape, so that all of them share what is compiled; the first one is the
-    target as well."""
+    target as well. The noise is large: fresh models are all but uniform and would agree."""
     folder = tmp_path_factory.mktemp("drafts")
     model, params = zoo.load(models / "draft")
     paths = [models / "draft"]
     for seed in (7, 8):
-        noise = jax.random.normal(jax.random.key(seed), (len(jax.tree.leaves(params)),))
         leaves, tree = jax.tree.flatten(params)
-        changed = tree.unflatten([x * (1 + n / 2) for x, n in zip(leaves, noise, strict=True)])
+        keys = jax.random.split(jax.random.key(seed), len(leaves))
+        changed = tree.unflatten(
+            [x + NOISE * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+        )
         card = zoo.describe(models / "draft")
         card = {"vocabulary_fingerprint": card["vocabulary_fingerprint"]}
         paths.append(folder / str(seed))
@@ -112,14 +115,14 @@ def test_figures_of_a_row_agree_with_each_other(summary):
         assert row["lossless"] is True
 
 
-@pytest.mark.xfail(reason="open defect: the drafts of the fixture agree wholly with the target")
 def test_the_target_as_its_own_draft_is_accepted_whole(summary):
     [row] = [
         row
         for row in summary["drafts"]
         if (row["name"], row["seed"], row["temperature"], row["gamma"]) == ("distilled", 0, 1, 3)
     ]
-    assert row["acceptance_rate"] == row["acceptance_rate_overlap"] == pytest.approx(1)
+    assert row["acceptance_rate"] == 1
+    assert row["acceptance_rate_overlap"] == pytest.approx(1)
     assert row["memory_bound_speedup"] == pytest.approx(row["block_efficiency"] / (3 + 1))
 
 
@@ -131,7 +134,6 @@ def test_greedy_texts_equal_plain_decoding(summary):
             assert "greedy_mismatches" not in row
 
 
-@pytest.mark.xfail(reason="open defect: the drafts of the fixture agree wholly with the target")
 def test_seeds_are_pooled(summary):
     [pooled] = [
         row
@@ -229,7 +231,6 @@ def test_the_gamma_that_is_timed_is_the_tuner_s_choice(config, monkeypatch, tmp_
         assert tune(curve, draft_step, {1: 1.0, 5: 1.0}).gamma == expected
 
 
-@pytest.mark.xfail(reason="open defect: the drafts of the fixture agree wholly with the target")
 def test_lossy_rows_are_marked_and_none_is_greedy(config, tmp_path):
     changed = dataclasses.replace(
         config, lenience=(1.0, 0.3), drafts=config.drafts[:1], timed_prompts=0, tune=False
