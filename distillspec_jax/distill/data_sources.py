@@ -7,7 +7,8 @@ Algorithm 1 of arXiv 2310.08461: with u1, u2 ~ U(0, 1) drawn once a step for its
 so P(fixed) = lambda1, P(draft) = (1 - lambda1) lambda2, P(teacher) = (1 - lambda1)(1 - lambda2).
 Rollouts are drawn with the current weights, without dropout, and end with their end-of-sequence,
 which is kept. Every draw is a function of (seed, purpose, step, example), not of the place in a
-batch; nothing here is differentiable, the tokens are integers.
+batch; nothing here is differentiable, the tokens are integers. A model that writes the padding id
+has written nothing there: the losses leave that position out.
 """
 
 from __future__ import annotations
