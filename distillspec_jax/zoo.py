@@ -113,8 +113,7 @@ def describe(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
         config, stored = _read_config(found), READERS[found.kind].describe(found.path)
         vocabulary = vocabulary_of(found)
         stored |= {} if vocabulary is None else vocabulary.describe()
-    ids = {key: getattr(config, key) for key in ("pad_id", "eos_id", "decoder_start_id")}
-    return stored | own | ids | {"model": dataclasses.asdict(config)}
+    return stored | own | config.special_ids | {"model": dataclasses.asdict(config)}
 
 
 def vocabulary_of(found: Found) -> Vocabulary | None:

@@ -14,15 +14,16 @@ import numpy as np
 
 from distillspec_jax import zoo
 from distillspec_jax.data.tasks import Task
-from distillspec_jax.data.vocabulary import Vocabulary
+from distillspec_jax.data.vocabulary import Vocabulary, check_same
 from distillspec_jax.decoding.autoregressive import Generation, autoregressive_sample
 from distillspec_jax.decoding.lenience import Lenience
 from distillspec_jax.decoding.sampling import Sampling
 from distillspec_jax.decoding.speculative import speculative_sample
-from distillspec_jax.decoding.state import Speculation, SpeculativeOutput
+from distillspec_jax.decoding.state import Speculation, SpeculativeOutput, check_pair
 from distillspec_jax.errors import UserError
 from distillspec_jax.evaluation.acceptance import TeacherForced, along_texts
 from distillspec_jax.evaluation.corpus import over_batches
+from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.models.transformer import Params, Transformer
 from distillspec_jax.progress import Progress
 
@@ -55,12 +56,8 @@ def load(path: str, task: Speaks, *, seed: int = 0) -> Loaded:
 
     Raises UserError if it does not speak the task's vocabulary.
     """
-    known = zoo.describe(path).get("vocabulary_fingerprint")
-    if known not in (None, task.vocabulary.fingerprint):
-        raise UserError(
-            f"model '{path}' was trained with another vocabulary than the task's "
-            f"(fingerprints {known[:12]} and {task.vocabulary.fingerprint[:12]})"
-        )
+    names = (f"model '{path}'", "the task")
+    check_same(zoo.describe(path), task.vocabulary.describe(), names)
     model, params = zoo.load(path, seed=seed)
     if model.config.num_pieces < task.vocabulary.size:
         raise UserError(
@@ -68,6 +65,23 @@ def load(path: str, task: Speaks, *, seed: int = 0) -> Loaded:
             f"{task.vocabulary.size}; take a model of that vocabulary"
         )
     return Loaded(path, model, params)
+
+
+def check_meeting(target: str, *drafts: str) -> None:
+    """Refuses drafts that cannot speak for the target, before the weights of any are read.
+
+    Compared are their kinds, fingerprints, numbers of pieces, EOS, PAD and start ids.
+    """
+    (model, pieces), *others = (_outline(path) for path in (target, *drafts))
+    for draft, draft_pieces in others:
+        check_pair(model, draft, fingerprints=(pieces, draft_pieces))
+
+
+def _outline(path: str) -> tuple[Transformer, str | None]:
+    """A model without parameters, and the fingerprint of its pieces if it is known."""
+    known = zoo.describe(path)
+    config = ModelConfig(**known["model"] | {"name": path})
+    return zoo.model(config), known.get("vocabulary_fingerprint")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # itself a key of results; arrays have no hash
@@ -208,6 +222,7 @@ def open_bench(config: EvaluateConfig, task: Task) -> Bench:
     Raises UserError for models that fit neither each other nor the task's vocabulary, and for
     settings that the sampler refuses.
     """
+    check_meeting(config.target, *(draft.path for draft in config.drafts))
     target = load(config.target, task)
     drafts = [Draft(draft, load(draft.path, task)) for draft in config.drafts]
     prompts = read_prompts(task, config.split, config.num_prompts)

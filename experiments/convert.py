@@ -9,6 +9,8 @@ workdir, a preset. With layers or sizes it also makes a draft out of a target:
 
     python -m experiments.convert --from=flan-t5-base --to=draft --encoder_layers=0,5,11 \
         --decoder_layers=0,11 --d_ff=1024
+
+and with `--fresh=SEED` one of that shape and vocabulary whose weights are drawn anew.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from distillspec_jax.errors import UserError, unknown_name
 from distillspec_jax.interop import huggingface, layout, native, orbax
 from distillspec_jax.interop.folders import refuse_existing
 from distillspec_jax.interop.slim import slim
-from distillspec_jax.models.transformer import Transformer, score
+from distillspec_jax.models.transformer import Transformer, init_params, score
 from experiments import door, tokenizers
 
 FORMATS = ("huggingface", "native", "orbax")
@@ -39,6 +41,7 @@ _VERIFY = flags.DEFINE_bool("verify", False, "run both sides and print the large
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "Hugging Face folder or SentencePiece file to put beside the weights"
 )
+_FRESH = flags.DEFINE_integer("fresh", None, "seed: draw the weights anew, keep only the shape")
 _LAYERS = {
     f"{stack}_layers": flags.DEFINE_list(
         f"{stack}_layers", None, f"layers of the {stack} to keep, as 0,5,11"
@@ -63,10 +66,15 @@ def main() -> None:
     kept = {layers: _numbers(flag) for layers, flag in _LAYERS.items()}
     sizes = {field: flag.value for field, flag in _SIZES.items()}
     card = {key: value for key, value in found.items() if key not in _OWN_KEYS}
-    if any(value is not None for value in (kept | sizes).values()):
-        model, params = slim(model, params, name=folder.name, **kept, **sizes)  # type: ignore[arg-type]
+    cut = any(value is not None for value in (kept | sizes).values())
+    if cut or _FRESH.value is not None:  # then nothing else that its maker said still holds
         card = {key: value for key, value in card.items() if key.startswith("vocabulary_")}
+    if cut:
+        model, params = slim(model, params, name=folder.name, **kept, **sizes)  # type: ignore[arg-type]
         print(f"cut to {layout.num_parameters(model.config):,} parameters")
+    if _FRESH.value is not None:
+        params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(_FRESH.value))
+        print(f"weights drawn anew, seed {_FRESH.value}")
     _write(model, params, folder, found, card | {"converted_from": source})
     print(f"{folder}: {_FORMAT.value}, {_DTYPE.value}")
     if _VERIFY.value:

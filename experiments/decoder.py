@@ -23,7 +23,7 @@ from distillspec_jax.decoding.speculative import speculative_sample
 from distillspec_jax.decoding.state import ACCEPTED, BONUS, CORRECTED
 from distillspec_jax.errors import UserError
 from distillspec_jax.evaluation.corpus import over_batches
-from experiments.bench import load
+from experiments.bench import check_meeting, load
 
 ORIGINS = {ACCEPTED: "accepted", CORRECTED: "corrected", BONUS: "bonus"}
 STYLES = {ACCEPTED: "green", CORRECTED: "bold red", BONUS: "bold blue"}
@@ -130,6 +130,8 @@ class Decoder:
     def __init__(self, config: DecodeConfig) -> None:
         self.config = config
         self.vocabulary: Vocabulary = load_vocabulary(config.vocabulary)
+        if config.draft:
+            check_meeting(config.target, config.draft)
         self.target = load(config.target, self)
         self.draft = load(config.draft, self) if config.draft else None
         self.sampling = Sampling(config.temperature, config.top_k, config.top_p)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from distillspec_jax.data.tasks import Task, load_task
-from distillspec_jax.decoding.state import check_pair
 from distillspec_jax.distill import recipes
 from distillspec_jax.distill.step import make_distill_step
 from distillspec_jax.errors import UserError
@@ -26,7 +25,7 @@ from distillspec_jax.training.loop import Figures, Hooks, LoopConfig, train
 from distillspec_jax.training.optimizers import make_optimizer, make_schedule
 from distillspec_jax.training.state import TrainState
 from experiments import door, parts
-from experiments.bench import Loaded, load
+from experiments.bench import Loaded, check_meeting, load
 from experiments.watching import MEAN, DecoderConfig, make_decoding
 
 LOW_EOS_RATE = 0.5  # below it most samples are cut by the limit, and little is learnt of the end
@@ -73,8 +72,8 @@ def main(config: DistillConfig, workdir: Path) -> int | None:
     task, recipe = load_task(config.task), config.recipe.resolve()
     if recipe.lambda1 > 0:
         parts.check_references(task, config)
+    check_meeting(config.target, config.draft)
     target, draft = load(config.target, task), load(config.draft, task, seed=config.seed)
-    check_pair(target.model, draft.model)
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = TrainState.create(
         draft.params, optimizer, seed=config.seed, average_decay=config.average_decay

@@ -7,7 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distillspec_jax.data.vocabulary import ARITHMETIC_STORIES, Vocabulary, load_vocabulary
+from distillspec_jax.data.vocabulary import (
+    ARITHMETIC_STORIES,
+    Vocabulary,
+    check_same,
+    load_vocabulary,
+)
 from distillspec_jax.errors import UserError
 from distillspec_jax.interop.huggingface import tokenizer_files
 
@@ -33,9 +38,7 @@ def files_for(given: str | None, found: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def _checked(given: str, vocabulary: Vocabulary, found: Mapping[str, Any]) -> dict[str, bytes]:
-    stored = found.get("vocabulary_fingerprint")
-    if stored is not None and stored != vocabulary.fingerprint:
-        raise UserError(f"--tokenizer={given} has other pieces than the model was trained with")
+    check_same(found, vocabulary.describe(), ("the model", f"--tokenizer={given}"))
     if vocabulary.size > found["model"]["vocab_size"]:
         raise UserError(
             f"--tokenizer={given} has {vocabulary.size} pieces, the model only "

@@ -87,14 +87,13 @@ class Vocabulary(abc.ABC):
     def _decode(self, ids: list[int]) -> str:
         """The text of ids of ordinary pieces."""
 
-    def describe(self, start_id: int = 0) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """What a checkpoint stores of its vocabulary, for `check_same`."""
         return {
             "vocabulary_fingerprint": self.fingerprint,
             "vocabulary_size": self.size,
             "pad_id": self.pad_id,
             "eos_id": self.eos_id,
-            "decoder_start_id": start_id,
         }
 
 
@@ -186,17 +185,22 @@ def load_vocabulary(name: str | Path) -> Vocabulary:
     return SentencePieceVocabulary(proto, path)
 
 
-def check_same(target: Mapping[str, Any], draft: Mapping[str, Any]) -> None:
-    """Refuses a draft whose vocabulary is not the target's.
+def check_same(
+    first: Mapping[str, Any],
+    second: Mapping[str, Any],
+    names: tuple[str, str] = ("target", "draft"),
+) -> None:
+    """Refuses two that do not speak the same vocabulary.
 
     Args:
-      target, draft: descriptions as `Vocabulary.describe` gives them; what one of them does not
-        say (a foreign checkpoint has no fingerprint) is not compared.
+      first, second: descriptions as `Vocabulary.describe` and `zoo.describe` give them; what one
+        of them does not say (a foreign checkpoint has no fingerprint) is not compared.
+      names: what the error calls them.
 
     Raises:
       UserError: naming everything that differs.
     """
-    names = {
+    labels = {
         "vocabulary_fingerprint": "fingerprint of the pieces",
         "vocabulary_size": "number of pieces",
         "pad_id": "id of padding",
@@ -204,14 +208,14 @@ def check_same(target: Mapping[str, Any], draft: Mapping[str, Any]) -> None:
         "decoder_start_id": "id that starts decoding",
     }
     different = []
-    for key, name in names.items():
-        ours, theirs = target.get(key), draft.get(key)
+    for key, label in labels.items():
+        ours, theirs = first.get(key), second.get(key)
         if ours is not None and theirs is not None and ours != theirs:
-            different.append(f"{name} {_short(ours)} and {_short(theirs)}")
+            different.append(f"{label} {_short(ours)} and {_short(theirs)}")
     if different:
         raise UserError(
-            f"target and draft have different vocabularies: {'; '.join(different)}; "
-            "a draft can only speak for a target with the same pieces and special ids"
+            f"{' and '.join(names)} have different vocabularies: {'; '.join(different)}; pieces "
+            "and special ids must be the same"
         )
 
 

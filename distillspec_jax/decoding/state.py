@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from distillspec_jax.data.vocabulary import check_same
 from distillspec_jax.decoding.block_length import FIXED, BlockLength
 from distillspec_jax.decoding.lenience import Lenience
 from distillspec_jax.decoding.sampling import STANDARD, Sampling
@@ -236,8 +237,18 @@ def count_block(
     )
 
 
-def check_pair(target: Transformer, draft: Transformer) -> None:
-    """Raises UserError unless the two models are of one kind and speak one vocabulary."""
+def check_pair(
+    target: Transformer,
+    draft: Transformer,
+    *,
+    fingerprints: tuple[str | None, str | None] = (None, None),
+) -> None:
+    """Raises UserError unless the two models are of one kind and speak one vocabulary.
+
+    Args:
+      fingerprints: of the target's and the draft's pieces, compared where both are known, as the
+        number of pieces and the special ids always are.
+    """
     t, d = target.config, draft.config
     if t.is_encoder_decoder != d.is_encoder_decoder:
         kinds = {True: "an encoder-decoder", False: "decoder-only"}
@@ -245,12 +256,8 @@ def check_pair(target: Transformer, draft: Transformer) -> None:
             f"target '{t.name}' is {kinds[t.is_encoder_decoder]} but draft '{d.name}' is "
             f"{kinds[d.is_encoder_decoder]}; both must be of one kind"
         )
-    fields = ["num_pieces", "eos_id", "pad_id"]
-    fields += ["decoder_start_id"] if t.is_encoder_decoder else []
-    for field in fields:
-        ours, theirs = getattr(t, field), getattr(d, field)
-        if ours != theirs:
-            raise UserError(
-                f"target '{t.name}' and draft '{d.name}' have different vocabularies: "
-                f"{field} is {ours} and {theirs}"
-            )
+    known = [
+        {"vocabulary_fingerprint": pieces, "vocabulary_size": c.num_pieces, **c.special_ids}
+        for c, pieces in zip((t, d), fingerprints, strict=True)
+    ]
+    check_same(*known, names=(f"target '{t.name}'", f"draft '{d.name}'"))

@@ -60,3 +60,11 @@ class ModelConfig:
     @property
     def is_encoder_decoder(self) -> bool:
         return self.num_encoder_layers > 0
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """The ids with a meaning of their own, by the names of their fields."""
+        ids = {"pad_id": self.pad_id, "eos_id": self.eos_id}
+        if self.is_encoder_decoder:  # decoder-only models start from their prompt
+            ids["decoder_start_id"] = self.decoder_start_id
+        return ids

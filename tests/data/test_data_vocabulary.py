@@ -226,6 +226,6 @@ def test_same_vocabularies_pass(stories):
     ],
 )
 def test_different_vocabularies_are_refused(stories, key, value, message):
-    description = stories.describe()
+    description = stories.describe() | {"decoder_start_id": 0}
     with pytest.raises(UserError, match=message):
         check_same(description, description | {key: value})

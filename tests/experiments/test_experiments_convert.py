@@ -18,7 +18,7 @@ from experiments import convert, tokenizers
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ("from", "to", "format", "dtype", "verify", "tokenizer", "encoder_layers")
-FLAGS += ("decoder_layers", "d_model", "num_heads", "d_ff")
+FLAGS += ("decoder_layers", "d_model", "num_heads", "d_ff", "fresh")
 
 
 @pytest.fixture
@@ -80,6 +80,21 @@ def test_a_draft_is_cut_out_of_a_target(tmp_path, run):
     assert card["vocabulary_fingerprint"] == load_vocabulary("arithmetic_stories").fingerprint
 
 
+def test_a_fresh_draft_has_the_shape_and_the_vocabulary_alone(tmp_path, run):
+    sizes = {"d_model": 32, "num_heads": 2, "d_ff": 40, "decoder_layers": "0,4", "format": "native"}
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        said = run(**from_to("stories-target", tmp_path / name, fresh=seed, **sizes))
+        assert f"weights drawn anew, seed {seed}" in said
+    run(**from_to("stories-target", tmp_path / "cut", **sizes))
+    a, b, c, cut = (zoo.load(tmp_path / name)[1] for name in ("a", "b", "c", "cut"))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    for other in (c, cut):
+        assert np.abs(a["embedding"] - other["embedding"]).max() > 0.1
+    card = json.loads((tmp_path / "a" / "card.json").read_text())
+    assert "steps" not in card
+    assert card["vocabulary_fingerprint"] == load_vocabulary("arithmetic_stories").fingerprint
+
+
 def test_the_card_of_a_model_goes_with_it(tmp_path, run):
     run(**from_to("stories-draft", tmp_path / "a", format="native"))
     card, source = (zoo.describe(name) for name in (tmp_path / "a", "stories-draft"))
@@ -104,7 +119,7 @@ def test_tokenizers_go_with_the_weights(tmp_path, run):
 
 def test_a_tokenizer_of_other_pieces_is_refused(tmp_path, run, shared_data):
     other = shared_data / "t5_sentencepiece" / "seqio_test_vocab" / "sentencepiece.model"
-    with pytest.raises(UserError, match="has other pieces than the model was trained with"):
+    with pytest.raises(UserError, match=r"the model and --tokenizer=.* have different vocab"):
         run(**from_to("stories-draft", tmp_path / "a", tokenizer=other))
     found = {"kind": "run", "model": {"vocab_size": 20}}
     with pytest.raises(UserError, match="has 26 pieces, the model only 20 rows"):

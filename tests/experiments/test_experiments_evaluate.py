@@ -297,7 +297,7 @@ def test_a_foreign_draft_is_refused(enter, file_of, models, tmp_path):
     arguments = f"--config={file_of(drafts=drafts)}", f"--workdir={tmp_path / 'run'}"
     code, _, err = enter(evaluate.main, EvaluateConfig, *arguments)
     assert code == 2
-    assert "was trained with another vocabulary" in err
+    assert "have different vocabularies: fingerprint of the pieces" in err
     assert not (tmp_path / "run").exists()
 
 
