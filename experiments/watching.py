@@ -76,7 +76,7 @@ class DecoderConfig:
             raise UserError("decoder.temperatures must name at least one, none below 0")
 
 
-def make_decoding(
+def make_counts(
     target: Loaded,
     draft: Transformer,
     batches: Sequence[Batch],
@@ -84,15 +84,16 @@ def make_decoding(
     *,
     max_new_tokens: int,
     seed: int,
-) -> Watch:
-    """Returns draft params -> tau and alpha at each temperature, by speculative decoding.
+) -> Callable[[Any, float], np.ndarray]:
+    """Returns (draft params, temperature) -> counts [4, prompts] of speculative decoding.
 
-    Keys `block_efficiency_t0`, `acceptance_rate_t0` and so on, each with `_ci95`, and MEAN. The
-    random numbers are the same in every call: two drafts are compared on equal terms.
+    The rows are emitted tokens, target calls, accepted and tested tokens. The random numbers are
+    the same in every call: two drafts are compared on equal terms.
     """
     rng = jax.random.fold_in(jax.random.key(seed), 0x7A0)
+    real = np.concatenate([batch.example_ids for batch in batches]) >= 0
 
-    def at_temperature(params: Any, temperature: float) -> np.ndarray:
+    def counts_of(params: Any, temperature: float) -> np.ndarray:
         counts = []  # per batch [4, B]
         for batch in batches:
             output = speculative_sample(
@@ -109,13 +110,32 @@ def make_decoding(
             )
             s = output.statistics
             counts.append(np.stack([s.emitted, s.target_calls, s.accepted, s.tested]))
-        rows = np.concatenate(counts, axis=1)
-        return rows[:, np.concatenate([batch.example_ids for batch in batches]) >= 0]
+        return np.concatenate(counts, axis=1)[:, real]
+
+    return counts_of
+
+
+def make_decoding(
+    target: Loaded,
+    draft: Transformer,
+    batches: Sequence[Batch],
+    config: DecoderConfig,
+    *,
+    max_new_tokens: int,
+    seed: int,
+) -> Watch:
+    """Returns draft params -> tau and alpha at each temperature, by speculative decoding.
+
+    Keys `block_efficiency_t0`, `acceptance_rate_t0` and so on, each with `_ci95`, and MEAN.
+    """
+    counts_of = make_counts(
+        target, draft, batches, config, max_new_tokens=max_new_tokens, seed=seed
+    )
 
     def watch(params: Any) -> dict[str, Any]:
         figures: dict[str, Any] = {}
         for temperature in config.temperatures:
-            emitted, calls, accepted, tested = at_temperature(params, temperature)
+            emitted, calls, accepted, tested = counts_of(params, temperature)
             figures |= ratio(emitted, calls).keys(f"block_efficiency_t{temperature:g}")
             figures |= ratio(accepted, tested).keys(f"acceptance_rate_t{temperature:g}")
         taus = [figures[f"block_efficiency_t{each:g}"] for each in config.temperatures]

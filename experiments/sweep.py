@@ -1,0 +1,259 @@
+"""Distils one draft in many ways: divergence x source of the data, for seeds, data sizes, steps.
+
+    python -m experiments.sweep --config=experiments/configs/grid.py --workdir=runs/grid
+    python -m experiments.sweep --config=experiments/configs/curves.py:references \
+        --workdir=runs/curve-references
+    python -m experiments.sweep --config=experiments/configs/curves.py:steps \
+        --workdir=runs/curve-steps
+
+Beside the cells stand the draft before and the control, the same draft trained for the same steps
+on the references, all decoded by the real sampler on the same prompts with the same randomness.
+Cells that are done are kept: stopped and started again, or asked for more cells, it goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from distillspec_jax import zoo
+from distillspec_jax.data.tasks import Task, TaskConfig, load_task
+from distillspec_jax.errors import UserError, unknown_name
+from distillspec_jax.models.fingerprint import fingerprint
+from distillspec_jax.models.transformer import Params
+from distillspec_jax.progress import Progress
+from distillspec_jax.training.optimizers import OptimizerConfig
+from experiments import cell_tables, door
+from experiments.bench import Loaded, check_meeting, load
+from experiments.cells import SOURCES, Cell, Trainer, slug
+from experiments.watching import DecoderConfig, make_counts
+from experiments.workdir import Workdir, environment, write_json, write_json_lines
+
+DIMENSIONS = ("divergences", "sources", "train_splits", "steps", "seeds")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneStage:
+    """How the draft is made, on each part of the data, before anything is distilled."""
+
+    steps: int = 0  # 0: config.draft is fine-tuned already
+    seed: int = 0
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Every list is a dimension; a list may grow when the sweep is started again."""
+
+    target: str
+    draft: str  # where every cell starts
+    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
+    divergences: tuple[str, ...] = ("forward_kl", "reverse_kl", "jsd", "tvd")
+    sources: tuple[str, ...] = tuple(SOURCES)
+    train_splits: tuple[str, ...] = ("train",)
+    steps: tuple[int, ...] = (500,)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    beta: float = 0.5  # of jsd
+    batch_size: int = 16
+    rollout_length: int = 0  # limit of samples; 0: the task's target length
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    finetune: FinetuneStage = dataclasses.field(default_factory=FinetuneStage)
+    split: str = "test"  # whose prompts are decoded
+    decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
+    decoding_seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in DIMENSIONS:
+            values = getattr(self, field)
+            if not values or len(set(values)) < len(values):
+                raise UserError(f"config.{field} must name at least one, and none twice")
+        for source in self.sources:
+            if source not in SOURCES:
+                raise unknown_name("source", source, SOURCES, "config.sources")
+        for field, least in (("batch_size", 1), ("rollout_length", 0)):
+            if getattr(self, field) < least:
+                raise UserError(f"config.{field} is {getattr(self, field)}, must be >= {least}")
+        if min(self.steps) < 1 or self.finetune.steps < 0:
+            raise UserError("config.steps must be at least 1, config.finetune.steps at least 0")
+        for cell in self.cells:
+            cell.recipe(self.beta)  # refuses unknown divergences and betas
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The control and all pairs of loss and source, seed by seed."""
+        learnt = [("nll", "fixed"), *itertools.product(self.divergences, self.sources)]
+        return [
+            Cell(split, steps, loss, source, seed)
+            for split, steps, seed in itertools.product(self.train_splits, self.steps, self.seeds)
+            for loss, source in learnt
+        ]
+
+
+def main(config: SweepConfig, workdir: Path) -> None:
+    task = load_task(config.task)
+    for split in config.train_splits:
+        if not task.examples(split)[0].target:
+            raise UserError(f"the split '{split}' has no references: the control needs them")
+    check_meeting(config.target, config.draft)
+    target, draft = load(config.target, task), load(config.draft, task, seed=config.finetune.seed)
+    with Workdir(workdir, "sweep", config, may_change=DIMENSIONS) as run:
+        sweep = _Sweep(config, task, target, draft, run.path)
+        _announce(config, task, target, draft, sweep)
+        measured = sweep.run()
+        results = cell_tables.Results(config.decoder, task, measured)
+        rows = results.rows()
+        write_json_lines(run.path / "metrics.jsonl", results.records())
+        (run.path / "table.md").write_text(cell_tables.markdown(rows), "utf-8")
+        run.write_summary(cell_tables.summary(rows, config.decoder), seed=config.seeds[0])
+        print(cell_tables.markdown(rows))
+        print(f"files: {run.path} (summary.json, table.md, metrics.jsonl, cells)")
+
+
+class _Sweep:
+    """Goes through the cells; each leaves a file in `cells`, by which it is known to be done."""
+
+    def __init__(
+        self, config: SweepConfig, task: Task, target: Loaded, draft: Loaded, path: Path
+    ) -> None:
+        self._config, self._target, self._draft, self._path = config, target, draft, path
+        self._trainer = Trainer(
+            task,
+            target,
+            draft.model,
+            batch_size=config.batch_size,
+            rollout_length=config.rollout_length or task.target_length,
+            beta=config.beta,
+        )
+        decoder = config.decoder
+        prompts = task.eval_batches(
+            config.split, batch_size=decoder.batch_size, count=decoder.num_prompts
+        )
+        self._counts = make_counts(
+            target,
+            draft.model,
+            list(prompts),
+            decoder,
+            max_new_tokens=task.target_length,
+            seed=config.decoding_seed,
+        )
+        self._models = {
+            "target": fingerprint(target.model, target.params),
+            "draft": fingerprint(draft.model, draft.params),
+        }
+        self._card = {"vocabulary_fingerprint": task.vocabulary.fingerprint}
+        self._starts: dict[str, Params] = {}
+        for folder in ("cells", "drafts"):
+            (path / folder).mkdir(exist_ok=True)
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The drafts before, then the config's cells."""
+        return [Cell(split, 0) for split in self._config.train_splits] + self._config.cells
+
+    @property
+    def waiting(self) -> list[Cell]:
+        return [cell for cell in self.cells if self._kept(cell) is None]
+
+    def run(self) -> dict[Cell, dict[str, Any]]:
+        """Measures what is missing; what each cell's file holds, in the order of the cells."""
+        waiting = self.waiting
+        total = sum(cell.steps for cell in self.cells)
+        done = total - sum(cell.steps for cell in waiting)
+        with Progress("sweep", total, done=done) as progress:
+            for number, cell in enumerate(waiting, len(self.cells) - len(waiting) + 1):
+                label = f"{cell.key} ({number} of {len(self.cells)})"
+
+                def on_step(step: int, before: int = done, label: str = label) -> None:
+                    progress.update(before + step, label)
+
+                progress.say(self._measure(cell, on_step))
+                done += cell.steps
+        return {cell: self._kept(cell) or {} for cell in self.cells}
+
+    def _measure(self, cell: Cell, on_step: Callable[[int], None]) -> str:
+        """Trains and decodes a cell, writes its file and returns a line to say."""
+        config, begin = self._config, time.perf_counter()
+        start = self._start(cell.split)
+        figures: dict[str, Any] = {"models": self._models}
+        params = start
+        if cell.steps:
+            trained = self._trainer.train(cell, start, config.optimizer, on_step)
+            params = trained.params
+            figures |= {"means": trained.means, "skipped_updates": trained.skipped_updates}
+        figures["train_seconds"] = round(time.perf_counter() - begin, 2)
+        figures["counts"] = {
+            f"{temperature:g}": self._counts(params, temperature).tolist()
+            for temperature in config.decoder.temperatures
+        }
+        write_json(self._file(cell), {**dataclasses.asdict(cell), **figures, **environment()})
+        taus = [
+            f"{np.sum(emitted) / np.sum(calls):.3f} at T = {temperature}"
+            for temperature, (emitted, calls, *_) in figures["counts"].items()
+        ]
+        return f"{cell.key}: block efficiency {', '.join(taus)} ({figures['train_seconds']:.0f} s)"
+
+    def _start(self, split: str) -> Params:
+        """The draft before, fine-tuned on this part of the data if the config asks for it."""
+        stage = self._config.finetune
+        if stage.steps == 0:
+            return self._draft.params
+        if split not in self._starts:
+            folder = self._path / "drafts" / slug(split)
+            if not folder.exists():
+                cell = Cell(split, stage.steps, seed=stage.seed)
+                with Progress(f"fine-tune on {split}", stage.steps) as progress:
+                    trained = self._trainer.train(
+                        cell, self._draft.params, stage.optimizer, progress.update
+                    )
+                zoo.save_native(
+                    self._draft.model, trained.params, folder, self._card, dtype="float32"
+                )
+            self._starts[split] = zoo.load(folder)[1]
+        return self._starts[split]
+
+    def _file(self, cell: Cell) -> Path:
+        return self._path / "cells" / f"{cell.key}.json"
+
+    def _kept(self, cell: Cell) -> dict[str, Any] | None:
+        """What the file of a cell holds, if it was made with these very models."""
+        try:
+            kept = json.loads(self._file(cell).read_text("utf-8"))
+        except FileNotFoundError:
+            return None
+        return kept if kept["models"] == self._models else None
+
+
+def _announce(
+    config: SweepConfig, task: Task, target: Loaded, draft: Loaded, sweep: _Sweep
+) -> None:
+    cells, waiting = sweep.cells, sweep.waiting
+    print(f"sweep: {len(cells)} cells, {len(cells) - len(waiting)} of them done")
+    for role, loaded in (("target", target), ("draft", draft)):
+        print(f"  {role}: {loaded.path}, {loaded.num_parameters:,} parameters")
+    print(f"  losses: {', '.join(config.divergences)}; data: {', '.join(config.sources)}")
+    sizes = [f"{split} ({len(task.examples(split)):,})" for split in config.train_splits]
+    print(f"  training data: {task.name}, {', '.join(sizes)}; batch {config.batch_size}")
+    print(f"  steps: {_list(config.steps)}; seeds: {_list(config.seeds)}")
+    decoder = config.decoder
+    print(
+        f"  decoding: {decoder.num_prompts} prompts of {config.split}, gamma {decoder.gamma}, "
+        f"T = {_list(decoder.temperatures)}"
+    )
+    devices = jax.devices()
+    print(f"  devices: {len(devices)} x {devices[0].device_kind}", flush=True)
+
+
+def _list(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+if __name__ == "__main__":
+    door.run(main, SweepConfig)

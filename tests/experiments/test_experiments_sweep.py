@@ -1,0 +1,206 @@
+"""sweep: its cells learn what single runs learn, are kept, and are compared as they should be."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from distillspec_jax import zoo
+from distillspec_jax.data.tasks import TaskConfig, load_task
+from distillspec_jax.distill.step import make_distill_step
+from distillspec_jax.errors import UserError
+from distillspec_jax.training.optimizers import OptimizerConfig, make_optimizer
+from distillspec_jax.training.state import TrainState
+from experiments import cells, sweep
+from experiments.bench import Loaded
+from experiments.cell_tables import Results, markdown, summary
+from experiments.cells import Cell, Trainer
+from experiments.sweep import SweepConfig
+from experiments.watching import DecoderConfig
+
+OPTIMIZER = OptimizerConfig(learning_rate=0.01, schedule="cosine")
+LENGTH, BATCH = 11, 4
+
+
+@pytest.fixture(scope="module")
+def task(stories):
+    return load_task(
+        TaskConfig(
+            name="jsonl",
+            vocabulary="arithmetic_stories",
+            train_file=str(stories / "train.jsonl"),
+            validation_file=str(stories / "validation.jsonl"),
+            input_length=41,
+            target_length=57,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def pair(models):
+    return [Loaded(name, *zoo.load(models / name)) for name in ("target", "draft")]
+
+
+@pytest.fixture
+def trainer(task, pair):
+    target, draft = pair
+    settings = {"batch_size": BATCH, "rollout_length": LENGTH, "beta": 0.3}
+    return Trainer(task, target, draft.model, **settings)
+
+
+@pytest.mark.parametrize("source", ["mixed", "teacher"])
+def test_a_cell_is_a_run_of_the_distillation_step(source, trainer, task, pair):
+    target, draft = pair
+    for seed in (5, 6):  # the second one must not get the texts of the first
+        cell = Cell("train", 4, "jsd", source, seed)
+        trained = trainer.train(cell, draft.params, OPTIMIZER, lambda step: None)
+        rule = make_optimizer(OPTIMIZER, 4)
+        step = make_distill_step(
+            draft.model, target.model, cell.recipe(0.3), rule, rollout_length=LENGTH
+        )
+        state = TrainState.create(draft.params, rule, seed=seed)
+        batches = task.batches("train", batch_size=BATCH, seed=seed)
+        for _ in range(4):
+            state, _ = step(state, target.params, next(batches))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), trained.params, state.params
+        )
+
+
+def test_the_target_s_texts_are_written_once_for_all_losses(trainer, pair, monkeypatch):
+    rollout, written = trainer._rollout("teacher"), []
+    monkeypatch.setattr(
+        trainer, "_rollout", lambda source: lambda *a: written.append(source) or rollout(*a)
+    )
+    for loss, steps in (("tvd", 2), ("nll", 3)):
+        cell = Cell("train", steps, loss, "teacher")
+        trainer.train(cell, pair[1].params, OPTIMIZER, lambda step: None)
+    assert len(written) == 3
+
+
+@pytest.fixture
+def run(enter, tmp_path, stories, models):
+    path = tmp_path / "sweep.py"
+
+    def run(*overrides):
+        task = {
+            "name": "jsonl",
+            "vocabulary": "arithmetic_stories",
+            "train_file": str(stories / "train.jsonl"),
+            "validation_file": str(stories / "validation.jsonl"),
+            "input_length": 41,
+            "target_length": 57,
+        }
+        decoder = {"num_prompts": 5, "batch_size": 3, "gamma": 3, "temperatures": (1.0,)}
+        config = {
+            "target": str(models / "target"),
+            "draft": str(models / "draft"),
+            "task": task,
+            "divergences": ("tvd",),
+            "sources": ("fixed",),
+            "train_splits": ("train", "train[:6]"),
+            "steps": (2,),
+            "seeds": (0,),
+            "batch_size": BATCH,
+            "split": "validation",
+            "decoder": decoder,
+            "finetune": {"steps": 2},
+        }
+        path.write_text(
+            "from ml_collections import ConfigDict\n"
+            f"def get_config():\n    return ConfigDict({config!r})\n"
+        )
+        flags = (f"--config={path}", f"--workdir={tmp_path / 'run'}")
+        return enter(sweep.main, SweepConfig, *flags, *overrides)
+
+    return run
+
+
+def test_what_is_done_is_kept_and_what_is_new_is_added(run, tmp_path, monkeypatch):
+    trained = []
+    real = Trainer.train
+    monkeypatch.setattr(
+        Trainer, "train", lambda self, cell, *a: trained.append(cell.key) or real(self, cell, *a)
+    )
+    code, out, err = run()
+    assert code is None, err
+    first = ["control-0", "tvd-fixed-0"]
+    expected = [f"{split}-2-{name}" for split in ("train", "train_6") for name in first]
+    fine_tuned = ["train-2-control-0", "train_6-2-control-0"]  # the same recipe, before any cell
+    assert sorted(trained) == sorted(expected + fine_tuned)
+    files = {file: file.read_bytes() for file in (tmp_path / "run" / "cells").iterdir()}
+    found = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert len(found["cells"]) == 2 * 3
+    assert found["num_prompts"] == 5
+    assert found["best_cell_t1"]["name"] == "tvd-fixed"
+    table = (tmp_path / "run" / "table.md").read_text()
+    assert table in out
+    assert "| tvd |" in table
+
+    trained.clear()
+    code, out, err = run("--config.seeds=(0,1)")
+    assert code is None, err
+    assert sorted(trained) == [key[:-1] + "1" for key in sorted(expected)]
+    assert all(file.read_bytes() == content for file, content in files.items())
+    assert "10 cells, 6 of them done" in out
+    found = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert {row["seeds"] for row in found["cells"] if row["steps"]} == {2}
+
+
+def test_rows_pool_seeds_and_gains_are_paired(task):
+    """Two prompts: tokens and calls by hand."""
+
+    def counts(emitted, calls):
+        return {"counts": {"0": [emitted, calls, [3, 1], [4, 4]]}, "train_seconds": 1.0}
+
+    start, control = Cell("train", 0), Cell("train", 7)
+    best = Cell("train", 7, "tvd", "draft")
+    measured = {
+        start: counts([8, 4], [4, 2]),
+        control: counts([9, 6], [3, 3]),
+        best: counts([10, 8], [2, 4]),
+        dataclasses.replace(best, seed=1): counts([14, 4], [2, 4]),
+        Cell("train", 9): counts([1, 1], [1, 1]),
+    }
+    rows = Results(DecoderConfig(gamma=7, temperatures=(0.0,)), task, measured).rows()
+    by_name = {(row["name"], row["steps"]): row for row in rows}
+    row = by_name["tvd-draft", 7]
+    assert (row["seeds"], row["references"]) == (2, 13)
+    assert row["block_efficiency"] == pytest.approx(36 / 12)
+    assert row["acceptance_rate"] == pytest.approx(0.5)
+    assert row["gain_over_finetuned"] == pytest.approx(3 / 2)
+    assert row["gain_over_control"] == pytest.approx(3 / 2.5)
+    low, high = row["gain_over_finetuned_ci95"]
+    assert low < row["gain_over_finetuned"] < high
+    assert by_name["control", 7]["gain_over_finetuned"] == pytest.approx(1.25)
+    assert "gain_over_finetuned" not in by_name["finetuned", 0]
+
+    found = summary(rows, DecoderConfig(gamma=7, temperatures=(0.0,)))
+    assert found["best_cell_t0"] == {"name": "tvd-draft", "train_split": "train", "steps": 7}
+    assert found["gain_over_control_t0"] == pytest.approx(1.2)
+    assert "| tvd | 3.00 [" in markdown(rows)
+    assert "fine-tuned 2.00 [" in markdown(rows)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sources": ("on_policy",)}, "unknown source 'on_policy' in config.sources; known: "),
+        ({"divergences": ("jds",)}, "unknown loss 'jds'.* did you mean 'jsd'"),
+        ({"beta": 1.0}, "beta"),
+        ({"seeds": (1, 1)}, "config.seeds must name at least one, and none twice"),
+        ({"steps": (0,)}, "config.steps must be at least 1"),
+        ({"batch_size": 0}, "config.batch_size is 0, must be >= 1"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_read(changes, message):
+    with pytest.raises(UserError, match=message):
+        SweepConfig(target="t", draft="d", **changes)
+
+
+def test_names_of_files(tmp_path):
+    cell = Cell("pretrain[:30000]", 500, "jsd", "draft", 2)
+    assert cell.key == "pretrain_30000-500-jsd-draft-2"
+    assert cells.slug("train") == "train"
