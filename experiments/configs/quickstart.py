@@ -37,7 +37,9 @@ def get_config(options: str = "distilled") -> ConfigDict:
 
 def _train(config: ConfigDict, stage: str, draft: str, fast: bool) -> ConfigDict:
     config.draft = draft
-    config.recipe = ConfigDict({"name": "distillspec" if stage == "distilled" else "sft"})
+    config.recipe = ConfigDict({"name": "sft"})
+    if stage == "distilled":  # half the steps on the draft's own samples, half on the references
+        config.recipe = ConfigDict({"name": "distillspec", "lambda1": 0.5})
     config.seed = 0
     config.steps = 300 if fast else 3_500
     config.batch_size = 16
