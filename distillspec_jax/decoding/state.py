@@ -256,8 +256,8 @@ def check_pair(
             f"target '{t.name}' is {kinds[t.is_encoder_decoder]} but draft '{d.name}' is "
             f"{kinds[d.is_encoder_decoder]}; both must be of one kind"
         )
-    known = [
+    ours, theirs = (
         {"vocabulary_fingerprint": pieces, "vocabulary_size": c.num_pieces, **c.special_ids}
         for c, pieces in zip((t, d), fingerprints, strict=True)
-    ]
-    check_same(*known, names=(f"target '{t.name}'", f"draft '{d.name}'"))
+    )
+    check_same(ours, theirs, (f"target '{t.name}'", f"draft '{d.name}'"))

@@ -32,6 +32,12 @@ _REFUSED = {  # fields that change what the model computes, unless they hold thi
     "quantization_config": None,
     "auto_map": None,
 }
+_OTHER_NAMES = {  # that transformers lets a config.json use, and lets them overrule the first
+    "hidden_size": "d_model",
+    "num_attention_heads": "num_heads",
+    "num_hidden_layers": "num_layers",
+    "head_dim": "d_kv",
+}
 _ALIASES = {"swish": "silu", "gelu_pytorch_tanh": "gelu_new"}
 
 
@@ -68,7 +74,7 @@ def read(
         name=name,
         **sizes,
         num_decoder_layers=decoder_layers or sizes["num_encoder_layers"],
-        num_pieces=num_pieces(sizes["vocab_size"]),
+        num_pieces=_num_pieces(sizes["vocab_size"], generation),
         activation=activation,
         gated=gated,
         tie_embeddings=tie_embeddings,
@@ -91,6 +97,16 @@ def is_tied_by_flag(config: Mapping[str, Any]) -> bool:
 def num_pieces(vocab_size: int) -> int:
     """Pieces behind the published padded embeddings (T5, mT5); any other has no padding rows."""
     return {32_128: 32_100, 250_112: 250_100}.get(vocab_size, vocab_size)
+
+
+def _num_pieces(vocab_size: int, generation: Mapping[str, Any]) -> int:
+    """The rows before those that `write` had suppressed, or else as published."""
+    suppressed = generation.get("suppress_tokens")
+    if isinstance(suppressed, list) and 0 < len(suppressed) < vocab_size:
+        first = vocab_size - len(suppressed)
+        if suppressed == list(range(first, vocab_size)):
+            return first
+    return num_pieces(vocab_size)
 
 
 def write(config: ModelConfig, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -153,6 +169,9 @@ def _check_kind(config: Mapping[str, Any], where: str) -> None:
     for field, harmless in _REFUSED.items():
         if config.get(field) not in (None, harmless):
             raise UserError(f"{where} has {field} {config[field]!r:.60}, which is not supported")
+    for other, field in _OTHER_NAMES.items():
+        if other in config and config[other] != config.get(field):
+            raise UserError(f"{where} has {other} {config[other]!r:.60} but another {field}")
 
 
 def _size(config: Mapping[str, Any], field: str, where: str, default: int | None = None) -> int:

@@ -281,10 +281,10 @@ def test_lenience_and_block_length_out_of_range_are_refused(make, named):
     ("change", "named"),
     [
         ({"num_encoder_layers": 0}, "both must be of one kind"),
-        ({"num_pieces": 5}, "num_pieces is 7 and 5"),
-        ({"eos_id": 2}, "eos_id is 1 and 2"),
-        ({"pad_id": 3}, "pad_id is 0 and 3"),
-        ({"decoder_start_id": 4}, "decoder_start_id is 0 and 4"),
+        ({"num_pieces": 5}, "number of pieces 7 and 5"),
+        ({"eos_id": 2}, "id of the end of sequence 1 and 2"),
+        ({"pad_id": 3}, "id of padding 0 and 3"),
+        ({"decoder_start_id": 4}, "id that starts decoding 0 and 4"),
     ],
 )
 def test_models_that_do_not_belong_together_are_refused(pairs, prompts, change, named):

@@ -163,6 +163,8 @@ def test_an_untied_model_without_its_output_matrix_is_refused(folder):
         ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
         ({"d_model": "absent"}, "d_model None, must be a positive"),
         ({"d_kv": 0}, "d_kv 0"),
+        ({"hidden_size": 3}, "hidden_size 3 but another d_model"),
+        ({"num_hidden_layers": 9}, "num_hidden_layers 9 but another num_layers"),
         ({"num_heads": 2.0}, "num_heads 2.0"),
         ({"num_decoder_layers": -1}, "num_decoder_layers -1"),
         ({"num_layers": 10**9}, "more than 2048 layers"),
@@ -317,7 +319,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t5"]
 
 
-def test_padding_rows_are_suppressed_in_what_is_exported(tmp_path):
+def test_padding_rows_are_suppressed_in_what_is_exported(tmp_path, random_model):
     config = ModelConfig(
         name="padded",
         vocab_size=48,
@@ -331,6 +333,12 @@ def test_padding_rows_are_suppressed_in_what_is_exported(tmp_path):
     )
     _, generation = huggingface_config.write(config, "float32")
     assert generation["suppress_tokens"] == [43, 44, 45, 46, 47]
+    huggingface.save(*random_model(config), tmp_path / "out")
+    assert zoo.load(tmp_path / "out")[0].config.num_pieces == 43
+    path = tmp_path / "out" / "generation_config.json"
+    for others in ([3, 44], [46], [], "all"):  # suppressed for other reasons, or not at the end
+        path.write_text(json.dumps(generation | {"suppress_tokens": others}))
+        assert zoo.load(tmp_path / "out")[0].config.num_pieces == 48
 
 
 def test_decoder_only_models_have_no_place_there(tmp_path):

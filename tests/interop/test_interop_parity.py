@@ -49,6 +49,7 @@ def our_place(name):
 
 def assert_close(found, expected, what):
     error = np.max(np.abs(found - expected)) / np.max(np.abs(expected))
+    print(f"{what}: {error:.1e} of the largest value")
     assert error <= TOLERANCE, f"{what}: relative error {error:.1e}"
 
 

@@ -16,7 +16,8 @@ from distillspec_jax.data.vocabulary import load_vocabulary
 from distillspec_jax.decoding.autoregressive import generate
 from distillspec_jax.decoding.sampling import Sampling
 from distillspec_jax.decoding.speculative import speculative_sample
-from distillspec_jax.interop import huggingface
+from distillspec_jax.errors import UserError
+from distillspec_jax.interop import huggingface, huggingface_config
 from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.models.layers import relative_buckets
 from distillspec_jax.models.transformer import init_params, score
@@ -103,6 +104,63 @@ def test_exports_load_and_agree(torch, transformers, make_folder, tmp_path, inde
     assert len(said) == (0 if config.tie_embeddings else 1)
     assert all("we will NOT tie them" in line for line in said)
     assert_agree(torch, model, ours, *random_inputs(config))
+
+
+CHANGED = {  # another value for every field that T5Config has, but those that change no number
+    "vocab_size": 61,
+    "d_model": 16,
+    "d_kv": 7,
+    "d_ff": 23,
+    "num_layers": 3,
+    "num_decoder_layers": 4,
+    "num_heads": 5,
+    "relative_attention_num_buckets": 16,
+    "relative_attention_max_distance": 64,
+    "dropout_rate": 0.2,
+    "layer_norm_epsilon": 1e-3,
+    "feed_forward_proj": "gated-silu",
+    "is_encoder_decoder": False,
+    "pad_token_id": 3,
+    "eos_token_id": 4,
+    "is_decoder": True,
+    "scale_decoder_outputs": False,
+    "tie_word_embeddings": False,
+    "dense_act_fn": "gelu",
+    "is_gated_act": True,
+    "decoder_start_token_id": 5,
+    "hidden_size": 16,
+    "num_attention_heads": 5,
+    "num_hidden_layers": 3,
+    "head_dim": 7,
+}
+NO_NUMBER = ("initializer_factor", "use_cache", "classifier_dropout")
+DERIVED = ("dense_act_fn", "is_gated_act", "scale_decoder_outputs", "tie_word_embeddings")
+
+
+def test_no_field_of_t5config_is_ignored(transformers):
+    """A changed field changes our config, or is refused by its name."""
+    own = set(transformers.T5Config.__annotations__) | set(transformers.T5Config.attribute_map)
+    fields = {name for name in own if not name.startswith(("_", "model_type", "keys_to", "attr"))}
+    assert fields | {*DERIVED, "decoder_start_token_id"} == {*CHANGED, *NO_NUMBER}
+
+    unsaid = {*DERIVED, "decoder_start_token_id", *transformers.T5Config.attribute_map}
+    base = {name: getattr(transformers.T5Config(), name) for name in CHANGED if name not in unsaid}
+    base |= {"model_type": "t5", "num_decoder_layers": None, "decoder_start_token_id": 0}
+
+    def read(config):
+        tied = huggingface_config.is_tied_by_flag(config)
+        try:
+            return huggingface_config.read(
+                config, {}, name="t5", where="config.json", tie_embeddings=tied
+            )
+        except UserError as error:
+            return str(error)
+
+    assert not isinstance(read(base), str)
+    for field, value in CHANGED.items():
+        found = read(base | {field: value})
+        assert found != read(base), field
+        assert not isinstance(found, str) or field in found
 
 
 @pytest.mark.parametrize("untied", [False, True])
