@@ -16,8 +16,18 @@ class Example(NamedTuple):
     target: str
 
 
+class EncodedExample(NamedTuple):
+    """The same in pieces, as a model read and wrote them: no end is added."""
+
+    input: list[int]
+    target: list[int]
+
+
 class Examples(Sequence[Example]):
-    """A split of a task; a slice of it is a view."""
+    """A split of a task; a slice of it is a view.
+
+    Texts that a model wrote come as `EncodedExample`: only `pipeline` may read them.
+    """
 
     @abc.abstractmethod
     def take(self, indices: Sequence[int]) -> list[Example]:

@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from distillspec_jax.data.batch import Batch
-from distillspec_jax.data.examples import Example, locate, take
+from distillspec_jax.data.examples import EncodedExample, Example, locate, take
 from distillspec_jax.data.vocabulary import Vocabulary
 from distillspec_jax.errors import UserError
 
@@ -44,7 +44,7 @@ def batches(
     """Endless training batches, from the one of `start_step` on.
 
     Args:
-      examples: a random-access sequence of examples.
+      examples: a random-access sequence; encoded ones go into a batch as they are.
       vocabulary: makes the pieces.
       batch_size: B over all hosts together; this host yields B / process_count rows.
       input_length, target_length: S and T; a target counts its end of sequence.
@@ -167,11 +167,14 @@ class _Encoder:
             for index, example in zip(ids, take(self.examples, ids), strict=True):
                 self._pieces(index, example)
 
-    def _pieces(self, index: int, example: Example) -> tuple[list[int], list[int]]:
+    def _pieces(self, index: int, example: Example | EncodedExample) -> tuple[list[int], list[int]]:
         """The pieces of one example, checked against the lengths or cut to them."""
         end = [self.vocabulary.eos_id]
-        source = self.vocabulary.encode(example.input) + end * self.input_eos
-        target = self.vocabulary.encode(example.target) + end
+        if isinstance(example, EncodedExample):
+            source, target = example
+        else:
+            source = self.vocabulary.encode(example.input) + end * self.input_eos
+            target = self.vocabulary.encode(example.target) + end
         if self.truncate:
             source = _cut(source, self.input_length, end * self.input_eos)
             target = _cut(target, self.target_length, end)

@@ -15,6 +15,7 @@ from distillspec_jax.data.batch import Batch
 from distillspec_jax.data.examples import BuiltExamples, Examples
 from distillspec_jax.data.jsonl import JsonlExamples
 from distillspec_jax.data.vocabulary import Vocabulary, load_vocabulary
+from distillspec_jax.data.written import WrittenTexts
 from distillspec_jax.errors import UserError, unknown_name
 
 _Splits = Mapping[str, Callable[[], Examples]]
@@ -39,6 +40,7 @@ class TaskConfig:
       input_eos: end every input with the end of sequence; None means as the models of the task
         were trained: T5's were with it, those of the stories and of LM1B were not.
       metric: one of METRICS; empty means the task's own.
+      teacher_data: folder that `experiments.generate` wrote: one more split, "teacher".
     """
 
     name: str = "arithmetic_stories"
@@ -55,6 +57,7 @@ class TaskConfig:
     truncate: bool = False
     input_eos: bool | None = None
     metric: str = ""
+    teacher_data: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +75,7 @@ class _DataSet:
     evaluation_only: bool = False
 
 
+TEACHER = "teacher"  # the split of texts that a target wrote beforehand
 _PART = re.compile(r"(?P<name>\w+)\[(?P<first>-?\d*):(?P<last>-?\d*)\]")
 _STORIES = "arithmetic_stories"
 _TRANSLATE, _SUMMARIZE = "translate English to German: ", "summarize: "
@@ -130,7 +134,11 @@ class Task:
         self.evaluation_only = data_set.evaluation_only
         prefix = data_set.prefix if config.prefix is None else config.prefix
         open_splits = _built if data_set.builders else _jsonl
-        self._splits = open_splits(config, data_set, prefix)
+        self._splits = dict(open_splits(config, data_set, prefix))
+        if config.teacher_data:
+            texts = WrittenTexts(config.teacher_data)
+            texts.check("vocabulary", self.vocabulary.fingerprint)
+            self._splits[TEACHER] = lambda: texts
 
     @property
     def _encoding(self) -> dict[str, Any]:
@@ -160,6 +168,13 @@ class Task:
             return examples
         first, last = (int(bound) if bound else None for bound in part.group("first", "last"))
         return examples[first:last]
+
+    def check_teacher(self, fingerprint: str) -> None:
+        """Refuses teacher data, if there are any, of another target than this one."""
+        if TEACHER in self._splits:
+            texts = self._splits[TEACHER]()
+            assert isinstance(texts, WrittenTexts)
+            texts.check("target", fingerprint)
 
     def batches(
         self,

@@ -1,0 +1,184 @@
+"""Has a target write texts for a split's prompts, once, for drafts to learn from ever after.
+
+    python -m experiments.generate --config=experiments/configs/generate_stories.py \
+        --workdir=runs/teacher-data
+    python -m experiments.distill --config=experiments/configs/distill_stories.py:sft \
+        --config.task.teacher_data=runs/teacher-data --config.train_split=teacher \
+        --workdir=runs/seqkd
+
+Every text is a function of (seed, its number), and every file of texts is whole or not there:
+stopped and started again, it goes on with the next file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from distillspec_jax.data.examples import EncodedExample as Text
+from distillspec_jax.data.tasks import Task, TaskConfig, load_task
+from distillspec_jax.data.written import Settings, WrittenTexts, is_written, write_shard
+from distillspec_jax.decoding.autoregressive import Generation, autoregressive_sample
+from distillspec_jax.decoding.sampling import Sampling
+from distillspec_jax.errors import UserError
+from distillspec_jax.evaluation.corpus import over_batches
+from distillspec_jax.models.fingerprint import fingerprint
+from distillspec_jax.progress import Progress
+from experiments import door
+from experiments.bench import Loaded, load, read_prompts
+from experiments.workdir import Workdir
+
+LOW_EOS_RATE = 0.5  # below it most texts are cut by the limit, and little is learnt of the end
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Who writes, for which prompts, and how."""
+
+    target: str
+    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
+    split: str = "train"
+    samples: int = 1  # texts of each prompt
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 0  # 0: the task's target length
+    batch_size: int = 64
+    shard_size: int = 1_000  # texts in a file
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("samples", "batch_size", "shard_size"):
+            if getattr(self, field) < 1:
+                raise UserError(f"config.{field} is {getattr(self, field)}, must be at least 1")
+        if self.max_new_tokens < 0:
+            raise UserError("config.max_new_tokens must not be negative; 0 is the task's length")
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p)
+
+
+def main(config: GenerateConfig, workdir: Path) -> None:
+    task = load_task(config.task)
+    target = load(config.target, task)
+    inputs = read_prompts(task, config.split, len(task.examples(config.split))).inputs
+    settings = _settings(config, task, target, len(inputs))
+    with Workdir(workdir, "generate", config, may_change=("batch_size",)) as run:
+        shards = range(settings.shards)
+        waiting = [i for i in shards if not is_written(run.path, settings, i)]
+        _announce(target, settings, waiting)
+        done = settings.examples - sum(len(settings.rows(shard)) for shard in waiting)
+        with Progress("generate", settings.examples, done=done, unit="text") as progress:
+            for shard in waiting:
+
+                def on_rows(count: int, before: int = done) -> None:
+                    progress.update(before + count)
+
+                rows = np.array(settings.rows(shard))
+                texts = _write(config, settings, target, inputs, rows, on_rows)
+                write_shard(run.path, settings, shard, texts)
+                done += len(rows)
+        summary = _summary(WrittenTexts(run.path), task.vocabulary.eos_id)
+        run.write_summary(summary, seed=config.seed)
+    _say(summary, workdir)
+
+
+def _settings(config: GenerateConfig, task: Task, target: Loaded, prompts: int) -> Settings:
+    return Settings(
+        target=fingerprint(target.model, target.params),
+        target_path=config.target,
+        vocabulary=task.vocabulary.fingerprint,
+        data={
+            "task": task.name,
+            "split": config.split,
+            "input_length": task.input_length,
+            "input_eos": task.input_eos,
+        },
+        sampling={
+            **dataclasses.asdict(config.sampling),
+            "max_new_tokens": config.max_new_tokens or task.target_length,
+        },
+        seed=config.seed,
+        prompts=prompts,
+        examples=prompts * config.samples,
+        shard_size=config.shard_size,
+    )
+
+
+def _write(
+    config: GenerateConfig,
+    settings: Settings,
+    target: Loaded,
+    inputs: np.ndarray,
+    rows: np.ndarray,
+    on_rows: Callable[[int], None],
+) -> Iterator[Text]:
+    """The texts of some rows; text n is of prompt n mod prompts and keyed by n."""
+    rng = jax.random.key(config.seed)
+    limit = settings.sampling["max_new_tokens"]
+
+    def decode(row_ids: jax.Array, inputs: jax.Array) -> Generation:
+        return autoregressive_sample(
+            target.model,
+            target.params,
+            inputs,
+            rng,
+            sampling=config.sampling,
+            max_new_tokens=limit,
+            row_ids=row_ids,
+        )
+
+    prompts = inputs[rows % settings.prompts]
+    written = over_batches(decode, rows, prompts, batch_size=config.batch_size, on_rows=on_rows)
+    lengths = np.sum(prompts != target.model.config.pad_id, axis=1)
+    for prompt, length, tokens, end in zip(
+        prompts, lengths, written.tokens, written.lengths, strict=True
+    ):
+        yield Text(prompt[:length].tolist(), tokens[:end].tolist())
+
+
+def _announce(target: Loaded, settings: Settings, waiting: Sequence[int]) -> None:
+    print(f"generate: {settings.examples:,} texts for {settings.prompts:,} prompts")
+    print(f"  target: {target.path}, {target.num_parameters:,} parameters")
+    print(f"  data: {settings.data['task']}/{settings.data['split']}")
+    print("  " + ", ".join(f"{name} {value}" for name, value in settings.sampling.items()))
+    print(f"  files: {settings.shards}, {settings.shards - len(waiting)} of them done")
+    devices = jax.devices()
+    print(f"  devices: {len(devices)} x {devices[0].device_kind}", flush=True)
+
+
+def _summary(texts: WrittenTexts, eos_id: int) -> dict[str, Any]:
+    lengths = np.array([len(text.target) for text in texts])
+    ended = np.array([text.target[-1:] == [eos_id] for text in texts])
+    settings = texts.settings
+    return {
+        "num_texts": len(texts),
+        "num_prompts": settings.prompts,
+        "num_files": settings.shards,
+        "target_length": float(lengths.mean()),
+        "eos_rate": float(ended.mean()),
+        "target_fingerprint": settings.target,
+        "vocabulary_fingerprint": settings.vocabulary,
+        **settings.sampling,
+    }
+
+
+def _say(summary: dict[str, Any], path: Path) -> None:
+    for key in ("num_texts", "target_length", "eos_rate"):
+        print(f"{key}: {summary[key]:,.4g}")
+    if summary["eos_rate"] < LOW_EOS_RATE:
+        print(
+            f"warning: only {summary['eos_rate']:.0%} of the texts ended by themselves; raise "
+            "config.max_new_tokens or fine-tune the target"
+        )
+    print(f"files: {path} (texts-*.array_record, summary.json, config.json)")
+
+
+if __name__ == "__main__":
+    door.run(main, GenerateConfig)

@@ -1,0 +1,139 @@
+"""generate: what a target writes is kept whole, resumed exactly, and refused where it misleads."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from distillspec_jax import zoo
+from distillspec_jax.data.tasks import TaskConfig, load_task
+from distillspec_jax.data.written import WrittenTexts
+from distillspec_jax.decoding.autoregressive import autoregressive_sample
+from distillspec_jax.errors import UserError
+from distillspec_jax.models.fingerprint import fingerprint
+from experiments import generate
+from experiments.generate import GenerateConfig
+
+LIMIT, SEED = 11, 4
+
+
+@pytest.fixture
+def task_fields(stories):
+    return {
+        "name": "jsonl",
+        "vocabulary": "arithmetic_stories",
+        "train_file": str(stories / "train.jsonl"),
+        "validation_file": str(stories / "validation.jsonl"),
+        "input_length": 41,
+        "target_length": 57,
+    }
+
+
+@pytest.fixture
+def run(enter, tmp_path, models, task_fields):
+    def run(*overrides, workdir="texts", target="target"):
+        config = {
+            "target": str(models / target),
+            "task": task_fields,
+            "max_new_tokens": LIMIT,
+            "batch_size": 5,
+            "shard_size": 6,
+            "samples": 2,
+            "seed": SEED,
+        }
+        path = tmp_path / "generate.py"
+        path.write_text(
+            "from ml_collections import ConfigDict\n"
+            f"def get_config():\n    return ConfigDict({config!r})\n"
+        )
+        flags = (f"--config={path}", f"--workdir={tmp_path / workdir}")
+        return enter(generate.main, GenerateConfig, *flags, *overrides)
+
+    return run
+
+
+def test_texts_are_the_target_s_and_keyed_by_their_number(run, tmp_path, models, task_fields):
+    code, out, err = run()
+    assert code is None, err
+    assert "26 texts for 13 prompts" in out
+    texts = WrittenTexts(tmp_path / "texts")
+    assert len(texts) == 26
+    assert len(list((tmp_path / "texts").glob("*.array_record"))) == 5
+    model, params = zoo.load(models / "target")
+    assert texts.settings.target == fingerprint(model, params)
+
+    task = load_task(TaskConfig(**task_fields))
+    [batch] = task.eval_batches("train", batch_size=13)
+    for sample in range(2):
+        output = autoregressive_sample(
+            model,
+            params,
+            batch.inputs,
+            jax.random.key(SEED),
+            max_new_tokens=LIMIT,
+            row_ids=np.arange(13) + 13 * sample,
+        )
+        for i in range(13):
+            text = texts[13 * sample + i]
+            assert text.target == output.tokens[i, : output.lengths[i]].tolist()
+            assert text.input == [piece for piece in batch.inputs[i].tolist() if piece]
+    found = json.loads((tmp_path / "texts" / "summary.json").read_text())
+    assert found["num_texts"] == 26
+    assert found["target_length"] == pytest.approx(np.mean([len(t.target) for t in texts]))
+
+
+def test_a_file_that_is_missing_is_written_again_to_the_same_bits(run, tmp_path):
+    assert run()[0] is None
+    folder = tmp_path / "texts"
+    before = {path.name: path.read_bytes() for path in folder.glob("*.array_record")}
+    (folder / "texts-00003-of-00005.array_record").unlink()
+    with pytest.raises(UserError, match="has 4 of 5 files of texts; start experiments.generate"):
+        WrittenTexts(folder)
+    code, out, _ = run("--config.batch_size=3")
+    assert code is None
+    assert "files: 5, 4 of them done" in out
+    assert {path.name: path.read_bytes() for path in folder.glob("*.array_record")} == before
+
+
+def test_the_split_teacher_gives_these_pieces(run, tmp_path, task_fields):
+    assert run()[0] is None
+    task = load_task(TaskConfig(**task_fields, teacher_data=str(tmp_path / "texts")))
+    texts = WrittenTexts(tmp_path / "texts")
+    [batch] = task.eval_batches("teacher[6:20]", batch_size=14)
+    for row in range(14):
+        length = len(texts[6 + row].target)
+        assert batch.targets[row, :length].tolist() == texts[6 + row].target
+        assert not batch.targets[row, length:].any()
+    drawn = next(task.batches("teacher", batch_size=4, seed=1))
+    assert [batch.targets.shape[1] for batch in (batch, drawn)] == [57, 57]
+    for example, row in zip(drawn.example_ids, drawn.inputs, strict=True):
+        assert row[row > 0].tolist() == texts[int(example)].input
+
+
+def test_other_makers_are_refused(run, tmp_path, models, task_fields):
+    assert run()[0] is None
+    task = load_task(TaskConfig(**task_fields, teacher_data=str(tmp_path / "texts")))
+    task.check_teacher(fingerprint(*zoo.load(models / "target")))
+    with pytest.raises(UserError, match="were made with another target .*target'.*generate them"):
+        task.check_teacher(fingerprint(*zoo.load(models / "draft")))
+    fields = task_fields | {"vocabulary": "bytes", "teacher_data": str(tmp_path / "texts")}
+    with pytest.raises(UserError, match="were made with another vocabulary"):
+        load_task(TaskConfig(**fields))
+    code, _, err = run("--config.seed=5")
+    assert code == 2
+    assert "seed is 4, yours is 5" in err
+
+    with pytest.raises(UserError, match="no texts in"):
+        WrittenTexts(tmp_path)
+    (tmp_path / "texts" / "texts-00000-of-00005.array_record").write_bytes(b"no records")
+    with pytest.raises(UserError, match="is no file of texts, or broken"):
+        WrittenTexts(tmp_path / "texts")
+
+
+def test_other_weights_behind_the_same_path_are_refused(run, tmp_path, models, monkeypatch):
+    assert run()[0] is None
+    monkeypatch.setattr(generate, "fingerprint", lambda model, params: "ab" * 32)
+    code, _, err = run()
+    assert code == 2
+    assert "was made with another target; choose another folder" in err

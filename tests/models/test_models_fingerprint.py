@@ -1,0 +1,57 @@
+"""Fingerprints: the same for the same weights, another for any other weights."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from distillspec_jax.models.config import ModelConfig
+from distillspec_jax.models.fingerprint import fingerprint
+from distillspec_jax.models.transformer import Transformer
+
+MODEL = Transformer(ModelConfig("one", 11, 7, 2, 3, 13, 1, num_decoder_layers=1))
+
+
+def params(**changes):
+    rng = np.random.default_rng(2)
+    tree = {"a": rng.normal(size=(8, 3)), "b": rng.normal(size=5), "c": np.zeros((2, 2))}
+    return {name: np.float32(value) for name, value in (tree | changes).items()}
+
+
+def test_every_bit_and_every_place_counts():
+    same = fingerprint(MODEL, params())
+    assert fingerprint(MODEL, jax.tree.map(jnp.asarray, params())) == same
+    assert len(same) == 64
+    a, b = params()["a"], params()["b"]
+    nudged = a.copy()
+    nudged[5, 1] = np.nextafter(nudged[5, 1], np.float32(9))
+    others = [
+        {"a": nudged},
+        {"a": a[::-1]},
+        {"a": a[:, [1, 0, 2]]},
+        {"b": -b},
+        {"c": np.full((2, 2), -0.0)},
+        {"c": np.zeros(4)},
+    ]
+    found = {fingerprint(MODEL, params(**other)) for other in others}
+    assert len(found | {same}) == len(others) + 1
+
+
+def test_shape_counts_and_name_does_not():
+    config = MODEL.config
+    renamed = Transformer(dataclasses.replace(config, name="other"))
+    other = Transformer(dataclasses.replace(config, eos_id=2))
+    assert fingerprint(renamed, params()) == fingerprint(MODEL, params())
+    assert fingerprint(other, params()) != fingerprint(MODEL, params())
+
+
+def test_where_the_weights_lie_does_not_count():
+    mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
+    places = {"a": PartitionSpec("x"), "b": PartitionSpec(), "c": PartitionSpec(None, "x")}
+    spread = {
+        name: jax.device_put(value, NamedSharding(mesh, places[name]))
+        for name, value in params().items()
+    }
+    assert fingerprint(MODEL, spread) == fingerprint(MODEL, params())
