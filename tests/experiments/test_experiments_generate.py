@@ -88,7 +88,7 @@ def test_a_file_that_is_missing_is_written_again_to_the_same_bits(run, tmp_path)
     folder = tmp_path / "texts"
     before = {path.name: path.read_bytes() for path in folder.glob("*.array_record")}
     (folder / "texts-00003-of-00005.array_record").unlink()
-    with pytest.raises(UserError, match="has 4 of 5 files of texts; start experiments.generate"):
+    with pytest.raises(UserError, match=r"has 4 of 5 files of texts; start experiments.generate"):
         WrittenTexts(folder)
     code, out, _ = run("--config.batch_size=3")
     assert code is None
@@ -115,7 +115,7 @@ def test_other_makers_are_refused(run, tmp_path, models, task_fields):
     assert run()[0] is None
     task = load_task(TaskConfig(**task_fields, teacher_data=str(tmp_path / "texts")))
     task.check_teacher(fingerprint(*zoo.load(models / "target")))
-    with pytest.raises(UserError, match="were made with another target .*target'.*generate them"):
+    with pytest.raises(UserError, match=r"were made with another target .*target'.*generate them"):
         task.check_teacher(fingerprint(*zoo.load(models / "draft")))
     fields = task_fields | {"vocabulary": "bytes", "teacher_data": str(tmp_path / "texts")}
     with pytest.raises(UserError, match="were made with another vocabulary"):
