@@ -17,13 +17,13 @@ import jax
 
 from distillspec_jax.errors import UserError, unknown_name
 from experiments import door
-from experiments.benchmarks import decode
+from experiments.benchmarks import decode, distill
 from experiments.workdir import SUMMARY, Workdir, write_json_lines
 
 METRICS = "metrics.jsonl"
 
 # each has a dataclass Config and measure(config, seed) -> (summary, records)
-BENCHMARKS = {"decode": decode}
+BENCHMARKS = {"decode": decode, "distill": distill}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,7 @@ class BenchmarkConfig:
     benchmark: str  # a key of BENCHMARKS
     seed: int = 0  # of weights, prompts and the order of runs
     decode: decode.Config = dataclasses.field(default_factory=decode.Config)
+    distill: distill.Config = dataclasses.field(default_factory=distill.Config)
 
     def __post_init__(self) -> None:
         if self.benchmark not in BENCHMARKS:

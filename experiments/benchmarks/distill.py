@@ -1,0 +1,298 @@
+"""Distillation beside TRL and torch: seconds a step, by phase, and memory.
+
+Everything of one comparison is timed side by side on the same shapes, batch and lengths, with
+models of fresh weights; no end of sequence is ever written, so every sample has the full length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distillspec_jax import zoo
+from distillspec_jax.data.batch import Batch
+from distillspec_jax.distill import data_sources, recipes
+from distillspec_jax.distill.step import make_distill_step, make_rollout, make_update
+from distillspec_jax.errors import UserError, unknown_name
+from distillspec_jax.evaluation.latency import Timing, side_by_side
+from distillspec_jax.models.config import ModelConfig
+from distillspec_jax.models.presets import preset
+from distillspec_jax.models.transformer import Transformer, init_params
+from distillspec_jax.training.optimizers import OptimizerConfig, make_optimizer
+from distillspec_jax.training.state import TrainState
+
+PEERS = ("torch", "transformers", "trl")
+PARTS = ("trl", "trl_small", "torch", "chunked", "teacher")
+OPTIMIZER = OptimizerConfig(learning_rate=1e-4, weight_decay=0.01)  # AdamW, clipped at norm 1
+Row = dict[str, Any]
+Found = tuple[Row, list[Row]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Names of two presets, and the shape of a batch."""
+
+    target: str
+    draft: str
+    batch_size: int = 8
+    input_length: int = 32
+    target_length: int = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is measured; `parts` names the comparisons."""
+
+    parts: tuple[str, ...] = PARTS
+    rounds: int = 7  # timed runs of everything, after the warm-up
+    trl: Pair = Pair(target="lm1b_234m", draft="lm1b_33m")
+    trl_small: Pair = Pair(target="cpu_target", draft="cpu_draft")
+    torch: Pair = Pair(target="t5_base", draft="t5_small", input_length=64)
+    chunked: Pair = Pair(target="t5_base", draft="t5_small", batch_size=16, input_length=64)
+    chunk: int = 8  # positions that have logits at a time
+    vocabularies: tuple[int, ...] = (8_032, 32_128, 128_512)  # of the loss alone, in rows
+    teacher: str = "stories-target"  # whose samples a draft helps to write
+    teacher_draft: str = "stories-draft"  # best a distilled one, runs/quickstart/distilled
+    teacher_gamma: int = 5
+    teacher_batch_size: int = 16
+    teacher_length: int = 56
+
+    def __post_init__(self) -> None:
+        for part in self.parts:
+            if part not in PARTS:
+                raise unknown_name("part", part, PARTS, "config.distill.parts")
+        if self.rounds < 1 or self.chunk < 1:
+            raise UserError("config.distill.rounds and .chunk must be at least 1")
+
+
+def measure(config: Config, seed: int) -> Found:
+    """Times everything; (figures of the summary, one record per program)."""
+    absent = [name for name in PEERS if importlib.util.find_spec(name) is None]
+    summary: Row = {}
+    records: list[Row] = []
+    for part in config.parts:
+        needed = {"trl": absent, "trl_small": absent, "torch": set(absent) - {"trl"}}.get(part)
+        if needed:
+            print(f"{part}: left out, {', '.join(sorted(needed))} not installed")
+            continue
+        figures, rows = _MEASURES[part](config, seed)
+        summary |= figures
+        records += [{"kind": "timing", "part": part, **row} for row in rows]
+    return summary, records
+
+
+def _beside_trl(config: Config, seed: int, *, part: str, key: str) -> Found:
+    """On-policy JSD steps of decoder-only models, rollouts included."""
+    from experiments.benchmarks import torch_distill
+
+    pair: Pair = getattr(config, part)
+    ours = _Ours(pair, recipes.named("distillspec"), seed, decoder_only=True)
+    theirs = torch_distill.trl_calls(
+        ours.draft.config, ours.target.config, np.asarray(ours.batch.inputs), pair.target_length
+    )
+    timings = side_by_side({**ours.calls(), **theirs}, repeats=config.rounds, seed=seed)
+    figures = _ratio(key, timings["trl_step"], timings["step"])
+    tokens = pair.batch_size * pair.target_length
+    return figures, [*_rows(timings, pair, tokens), ours.memory()]
+
+
+def _beside_torch(config: Config, seed: int) -> Found:
+    """Score and update of encoder-decoders by forward KL, on given texts."""
+    from experiments.benchmarks import torch_distill
+
+    pair = config.torch
+    ours = _Ours(pair, recipes.named("supkd"), seed)
+    texts = np.asarray(ours.batch.inputs), np.asarray(ours.batch.targets)
+    update = torch_distill.t5_update(ours.draft.config, ours.target.config, *texts)
+    calls = {"update": ours.calls()["update"], "torch_update": update}
+    timings = side_by_side(calls, repeats=config.rounds, seed=seed)
+    figures = _ratio("score_update_over_torch", timings["torch_update"], timings["update"])
+    tokens = pair.batch_size * pair.target_length
+    return figures, [*_rows(timings, pair, tokens), ours.memory()]
+
+
+def _chunked(config: Config, seed: int) -> Found:
+    """The vocabulary in chunks against all logits at once: time, and the compiler's memory."""
+    pair, recipe = config.chunked, recipes.named("supkd")
+    runs = {
+        "plain": _Ours(pair, recipe, seed),
+        "chunked": _Ours(pair, recipe, seed, chunk=config.chunk),
+    }
+    calls = {name: run.calls()["update"] for name, run in runs.items()}
+    timings = side_by_side(calls, repeats=config.rounds, seed=seed)
+    memory = {name: run.memory() for name, run in runs.items()}
+    figures = _ratio("chunked_time_over_plain", timings["chunked"], timings["plain"])
+    plain, chunked = (memory[name]["temporary_bytes"] for name in ("plain", "chunked"))
+    figures["chunked_peak_memory_over_plain"] = chunked / plain
+    figures["chunked_peak_memory_over_plain_spread"] = [chunked / plain] * 2  # nothing is sampled
+    rows = _rows(timings, pair, pair.batch_size * pair.target_length)
+    for row in rows:
+        row["temporary_bytes"] = memory[row["name"]]["temporary_bytes"]
+    return figures, rows + _by_vocabulary(config, seed)
+
+
+def _by_vocabulary(config: Config, seed: int) -> list[Row]:
+    """Temporary memory of the step in chunks for vocabularies of growing size."""
+    pair, rows = config.chunked, []
+    for size in config.vocabularies:
+        for chunk in (None, config.chunk):
+            recipe = recipes.named("supkd")
+            run = _Ours(pair, recipe, seed, chunk=chunk, vocabulary=size, abstract=True)
+            rows.append({**run.memory(), "chunk": chunk or 0, "vocabulary": size})
+    return rows
+
+
+def _teacher(config: Config, seed: int) -> Found:
+    """Texts of a trained target, by itself and with a draft's help."""
+    target, target_params = zoo.load(config.teacher)
+    draft, draft_params = zoo.load(config.teacher_draft)
+    batch = _stories(config, seed)
+
+    def writer(gamma: int) -> Callable[[], jax.Array]:
+        recipe = recipes.named("seqkd", teacher_gamma=gamma)
+        write = jax.jit(
+            data_sources.make_source(draft, target, recipe, rollout_length=config.teacher_length)
+        )
+        return lambda: write(draft_params, target_params, batch, jnp.uint32(seed), jnp.int32(0))[0]
+
+    calls = {"plain": writer(0), "with_draft": writer(config.teacher_gamma)}
+    timings = side_by_side(calls, repeats=config.rounds, seed=seed)
+    figures = _ratio("teacher_rollout_speedup", timings["plain"], timings["with_draft"])
+    shapes = {"batch_size": config.teacher_batch_size, "gamma": config.teacher_gamma}
+    return figures, [{**_times(name, timing), **shapes} for name, timing in timings.items()]
+
+
+def _stories(config: Config, seed: int) -> Batch:
+    from distillspec_jax.data.tasks import TaskConfig, load_task
+
+    task = load_task(TaskConfig())
+    batches = task.batches("train", batch_size=config.teacher_batch_size, seed=seed)
+    return jax.tree.map(jnp.asarray, next(batches))
+
+
+_MEASURES: Mapping[str, Callable[[Config, int], Found]] = {
+    "trl": functools.partial(_beside_trl, part="trl", key="step_over_trl"),
+    "trl_small": functools.partial(_beside_trl, part="trl_small", key="step_over_trl_small"),
+    "torch": _beside_torch,
+    "chunked": _chunked,
+    "teacher": _teacher,
+}
+
+
+class _Ours:
+    """A compiled step and its halves, on random texts of full length."""
+
+    def __init__(
+        self,
+        pair: Pair,
+        recipe: recipes.Recipe,
+        seed: int,
+        *,
+        chunk: int | None = None,
+        decoder_only: bool = False,
+        vocabulary: int = 0,
+        abstract: bool = False,
+    ) -> None:
+        self.pair = pair
+        self.target, self.draft = (
+            Transformer(_endless(preset(name), decoder_only, vocabulary))
+            for name in (pair.target, pair.draft)
+        )
+        rule = make_optimizer(OPTIMIZER, 1_000)
+        arguments = self.draft, self.target, recipe
+        rollout = make_rollout(*arguments, rollout_length=pair.target_length)
+        self._rollout = jax.jit(rollout)
+        self._lazy_update = jax.jit(make_update(*arguments, rule, chunk=chunk), donate_argnums=0)
+        self._step = make_distill_step(
+            *arguments, rule, rollout_length=pair.target_length, chunk=chunk
+        )
+        rng = np.random.default_rng(seed)
+
+        def ids(length: int) -> np.ndarray:
+            shape = (pair.batch_size, length)
+            return rng.integers(3, self.draft.config.num_pieces, shape).astype(np.int32)
+
+        rows = np.arange(pair.batch_size, dtype=np.int32)
+        self.batch = Batch(ids(pair.input_length), ids(pair.target_length), rows)
+
+        def fresh() -> tuple[TrainState, Any]:
+            keys = jax.random.split(jax.random.key(seed), 2)
+            state = TrainState.create(init_params(self.draft, keys[0]), rule, seed=seed)
+            return state, init_params(self.target, keys[1])
+
+        self._state, self._target_params = jax.eval_shape(fresh) if abstract else jax.jit(fresh)()
+
+    def calls(self) -> dict[str, Callable[[], Any]]:
+        """The whole step and its halves; each call goes on from the state of the one before."""
+
+        def train(step: Callable[..., Any]) -> jax.Array:
+            self._state, metrics = step(self._state, self._target_params, self.batch)
+            return metrics["loss"][0]
+
+        return {
+            "step": lambda: train(self._step),
+            "rollout": lambda: self._rollout(self._state, self._target_params, self.batch),
+            "update": lambda: train(self._update),
+        }
+
+    @functools.cached_property
+    def _update(self) -> Any:
+        """Score and update, compiled."""
+        return self._lazy_update.lower(self._state, self._target_params, self.batch).compile()
+
+    def memory(self) -> Row:
+        """The compiler's own account of score and update, in bytes."""
+        analysis = self._update.memory_analysis()
+        return {
+            "name": "memory of score and update",
+            "target": self.target.config.name,
+            "draft": self.draft.config.name,
+            "temporary_bytes": analysis.temp_size_in_bytes,
+            "argument_bytes": analysis.argument_size_in_bytes,
+        }
+
+
+def _endless(config: ModelConfig, decoder_only: bool, vocabulary: int) -> ModelConfig:
+    """A shape without dropout whose model never ends a text: its end is one of the padding rows."""
+    rows = vocabulary or config.vocab_size
+    return dataclasses.replace(
+        config,
+        vocab_size=rows,
+        num_pieces=rows - 1,
+        eos_id=rows - 1,
+        dropout_rate=0.0,
+        num_encoder_layers=0 if decoder_only else config.num_encoder_layers,
+    )
+
+
+def _ratio(key: str, slower: Timing, faster: Timing) -> Row:
+    """Ratio of the medians, and the least and greatest ratio of one round."""
+    ratios = slower.seconds / faster.seconds
+    return {
+        key: slower.median / faster.median,
+        f"{key}_spread": [float(ratios.min()), float(ratios.max())],
+    }
+
+
+def _rows(timings: Mapping[str, Timing], pair: Pair, tokens: int) -> list[Row]:
+    shapes = dataclasses.asdict(pair)
+    return [
+        {**_times(name, timing), "tokens_per_second": tokens / timing.median, **shapes}
+        for name, timing in timings.items()
+    ]
+
+
+def _times(name: str, timing: Timing) -> Row:
+    return {
+        "name": name,
+        "seconds": timing.median,
+        "seconds_spread": [float(timing.seconds.min()), float(timing.seconds.max())],
+        "first_call_seconds": timing.first_call,
+    }

@@ -1,0 +1,27 @@
+"""Distillation beside TRL and torch; `distill.py:fast` is a minute of it, with tiny models.
+
+    /path/to/env/with/peers/python -m experiments.benchmark \
+        --config=experiments/configs/benchmark/distill.py --workdir=runs/benchmark-distill
+
+Parts: `trl` (the LM1B pair, 33M and 234M), `trl_small` (the quickstart's sizes), `torch` (T5 small
+and base), `chunked` (memory and time of the vocabulary in chunks), `teacher` (rollouts of the
+target with a draft's help; give a distilled one by --config.distill.teacher_draft=FOLDER).
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(options: str = "") -> ConfigDict:
+    if options not in ("", "fast"):
+        raise ValueError(f"unknown option '{options}'; there is 'fast'")
+    config = ConfigDict({"benchmark": "distill", "distill": {}})
+    if options == "fast":
+        tiny = {"target": "cpu_target", "draft": "cpu_draft", "batch_size": 2, "target_length": 8}
+        config.distill.rounds = 2
+        for part in ("trl", "trl_small", "torch", "chunked"):
+            config.distill[part] = ConfigDict(tiny)
+        config.distill.chunk = 3
+        config.distill.vocabularies = (64, 448)
+        config.distill.teacher_batch_size = 4
+        config.distill.teacher_length = 16
+    return config

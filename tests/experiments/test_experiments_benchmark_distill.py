@@ -1,0 +1,69 @@
+"""The distillation benchmark: its figures are what it times, and memory stays when logits grow."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from distillspec_jax.errors import UserError
+from distillspec_jax.evaluation.latency import Timing
+from distillspec_jax.models.presets import preset
+from experiments.benchmarks import distill
+from experiments.benchmarks.distill import Config, Pair
+
+TINY = Pair(target="cpu_draft", draft="cpu_draft", batch_size=5, input_length=3, target_length=48)
+
+
+def test_chunks_bound_the_memory_of_logits():
+    """With the texts much longer than a chunk, what grows with the vocabulary is the weights."""
+    config = Config(parts=("chunked",), rounds=1, chunked=TINY, chunk=4, vocabularies=(512, 8192))
+    summary, records = distill.measure(config, seed=3)
+    temporary = {
+        (row["vocabulary"], row["chunk"]): row["temporary_bytes"]
+        for row in records
+        if "vocabulary" in row
+    }
+    assert len(temporary) == 4
+    plain, chunked = (temporary[8192, chunk] - temporary[512, chunk] for chunk in (0, 4))
+    rows = 8192 - 512
+    weights = 4 * rows * preset("cpu_draft").d_model
+    assert plain > 2 * 4 * rows * TINY.batch_size * TINY.target_length  # logits of both models
+    assert chunked < 4 * weights + 8 * 4 * rows * TINY.batch_size * 4
+
+    timed = {row["name"]: row for row in records if "seconds" in row}
+    ratio = timed["chunked"]["seconds"] / timed["plain"]["seconds"]
+    assert summary["chunked_time_over_plain"] == pytest.approx(ratio)
+    ratio = timed["chunked"]["temporary_bytes"] / timed["plain"]["temporary_bytes"]
+    assert summary["chunked_peak_memory_over_plain"] == ratio
+    tokens = TINY.batch_size * TINY.target_length
+    assert timed["plain"]["tokens_per_second"] == pytest.approx(tokens / timed["plain"]["seconds"])
+
+
+def test_no_text_ends_before_the_limit():
+    """Rollouts of full length: every row of both models, without an end of sequence."""
+    pair = dataclasses.replace(TINY, target_length=19)
+    ours = distill._Ours(pair, distill.recipes.named("gkd"), 3, decoder_only=True)
+    batch, metrics = ours.calls()["rollout"]()
+    total, rows = metrics["rollout_length"]
+    assert rows == 5
+    assert batch.targets.shape == (5, 19)
+    assert total > 0.95 * 5 * 19  # id 0, padding, may come by chance
+    assert metrics["eos_rate"][0] == 0
+    assert not ours.draft.config.is_encoder_decoder
+
+
+def test_ratios_are_of_medians_and_their_spread_of_rounds():
+    slow, fast = Timing(np.array([6.0, 8.0, 4.0]), 9.0), Timing(np.array([2.0, 2.0, 4.0]), 9.0)
+    found = distill._ratio("x", slow, fast)
+    assert found == {"x": 3.0, "x_spread": [1.0, 4.0]}
+
+
+def test_parts_without_their_peers_are_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(distill.importlib.util, "find_spec", lambda name: None)
+    assert distill.measure(Config(parts=("trl", "torch")), seed=0) == ({}, [])
+    assert "trl: left out, torch, transformers, trl not installed" in capsys.readouterr().out
+
+
+def test_unknown_parts_are_refused():
+    with pytest.raises(UserError, match=r"unknown part 'torhc'.*did you mean 'torch'"):
+        Config(parts=("torhc",))
