@@ -1,18 +1,88 @@
-"""Decoding beside Hugging Face: plain, with a draft, and against the memory's bandwidth."""
+"""Decoding beside Hugging Face: plain, with a draft, and against the bandwidth of the memory.
+
+Fresh models of published shapes decode texts of a fixed length, which nothing ends; a trained
+target and its draft decode prompts of `arithmetic_stories`. Greedy throughout, so that the tokens
+that different decoders make of the same weights can be compared one by one.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from typing import Any
+
+import numpy as np
+
+from distillspec_jax.errors import UserError, unknown_name
+from distillspec_jax.models.presets import preset
+
+PEERS = ("torch", "transformers")
+PARTS = ("plain", "drafted")
+LISTS = ("batch_sizes", "shapes", "new_tokens", "gammas")
+COUNTS = (
+    *("batch_sizes", "input_length", "new_tokens", "rounds", "read_megabytes", "gammas"),
+    *("max_new_tokens", "tuning_prompts", "repeats", "cost_steps"),
+)
+Row = dict[str, Any]
+Found = tuple[Row, list[Row]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What is timed."""
+    """What is timed: fresh models of `shapes`, and `target` with and without `draft`."""
 
+    parts: tuple[str, ...] = PARTS
+    peers: bool = True  # also Hugging Face, where it is installed
+    batch_sizes: tuple[int, ...] = (1, 8)
+    shapes: tuple[str, ...] = ("t5_1_1_base", "t5_1_1_small")  # presets; keys of the first are bare
+    input_length: int = 128
+    new_tokens: tuple[int, ...] = (64, 256)  # the first gives the headline
     rounds: int = 5  # timed runs of everything, after the warm-up
+    read_megabytes: int = 512  # of memory; far more than a cache holds
+    target: str = "stories-target"
+    draft: str = "stories-draft"  # best a distilled one, runs/quickstart/distilled
+    gammas: tuple[int, ...] = (3, 4, 5, 6, 7)  # the best of them is found on the tuning split
+    max_new_tokens: int = 56
+    tuning_prompts: int = 100
+    prompts: int = 48  # of the test split
+    repeats: int = 3  # timed runs of each prompt
+    cost_steps: int = 32  # model calls in one timed loop of c and v
+
+    def __post_init__(self) -> None:
+        for part in self.parts:
+            if part not in PARTS:
+                raise unknown_name("part", part, PARTS, "config.decode.parts")
+        for field in LISTS:
+            if not getattr(self, field):
+                raise UserError(f"config.decode.{field} is empty, must have at least one entry")
+        for shape in self.shapes:
+            if not preset(shape).is_encoder_decoder:
+                raise UserError(f"config.decode.shapes has '{shape}', which has no encoder")
+        for field in COUNTS:
+            if np.min(getattr(self, field)) < 1:
+                raise UserError(
+                    f"config.decode.{field} is {getattr(self, field)}, must be at least 1"
+                )
+        if self.prompts < max(self.batch_sizes):
+            raise UserError(
+                f"config.decode.prompts is {self.prompts}, too few for a batch of "
+                f"{max(self.batch_sizes)}"
+            )
 
 
-def measure(config: Config, seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def measure(config: Config, seed: int) -> Found:
     """Times everything; (figures of the summary, one record per row of the table)."""
-    return {}, []
+    from experiments.benchmarks import decode_drafted, decode_plain
+
+    absent = [name for name in PEERS if importlib.util.find_spec(name) is None]
+    if config.peers and absent:
+        print(f"Hugging Face: left out, {' and '.join(absent)} not installed")
+    has_peers = config.peers and not absent
+    summary: Row = {}
+    records: list[Row] = []
+    for part in config.parts:
+        module = {"plain": decode_plain, "drafted": decode_drafted}[part]
+        figures, rows = module.measure(config, seed, has_peers)
+        summary |= figures
+        records += [{"kind": "timing", "part": part, **row} for row in rows]
+    return summary, records

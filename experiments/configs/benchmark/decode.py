@@ -1,7 +1,10 @@
-"""Decoding beside Hugging Face; `decode.py:fast` is a minute of it, with tiny models.
+"""Decoding beside Hugging Face; `decode.py:fast` is a minute of it, with small models.
 
-    python -m experiments.benchmark --config=experiments/configs/benchmark/decode.py \
-        --workdir=runs/benchmark-decode
+    /path/to/env/with/peers/python -m experiments.benchmark \
+        --config=experiments/configs/benchmark/decode.py --workdir=runs/benchmark-decode
+
+Parts: `plain` (T5 1.1 base and small with fresh weights) and `drafted` (the target of the package
+with its draft; give a distilled one by --config.decode.draft=FOLDER).
 """
 
 from ml_collections import ConfigDict
@@ -11,4 +14,11 @@ def get_config(options: str = "") -> ConfigDict:
     if options not in ("", "fast"):
         raise ValueError(f"unknown option '{options}'; there is 'fast'")
     config = ConfigDict({"benchmark": "decode", "decode": {}})
+    if options == "fast":
+        config.decode.shapes = ("t5_1_1_small", "cpu_t5_target")
+        config.decode.input_length = 32
+        config.decode.new_tokens = (8, 16)
+        config.decode.rounds = 3
+        config.decode.gammas = (3, 5)
+        config.decode.tuning_prompts = config.decode.prompts = 16
     return config

@@ -1,0 +1,202 @@
+"""A trained target with and without its draft, and Hugging Face with the same two."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distillspec_jax.data.tasks import TaskConfig, load_task
+from distillspec_jax.decoding.autoregressive import autoregressive_sample
+from distillspec_jax.decoding.block_length import Tuning, efficiency_by_gamma, tune
+from distillspec_jax.decoding.sampling import Sampling
+from distillspec_jax.decoding.speculative import speculative_sample
+from distillspec_jax.decoding.state import SpeculativeOutput
+from distillspec_jax.evaluation.intervals import Estimate, estimate
+from distillspec_jax.evaluation.latency import Clock, StepCosts, race, step_costs
+from experiments.bench import load, read_prompts
+from experiments.benchmarks.decode import Config, Found, Row
+
+GREEDY = Sampling(temperature=0.0)
+KEY = jax.random.key(0)  # greedy decoding does not look at it
+PAIRS = {  # figure: (decoder, decoder it is held against)
+    "speculative_over_plain": ("speculative", "plain"),
+    "speculative_over_huggingface": ("speculative", "huggingface"),
+    "speculative_over_huggingface_assisted": ("speculative", "huggingface_assisted"),
+    "huggingface_assisted_over_huggingface": ("huggingface_assisted", "huggingface"),
+}
+
+
+def measure(config: Config, seed: int, has_peers: bool) -> Found:
+    """Chooses gamma on the tuning split, then times every batch size on the test split."""
+    del seed  # nothing is drawn: greedy, and prompts in order
+    return _Run(config, has_peers).measure()
+
+
+class _Run:
+    """Target and draft, ours and Hugging Face's."""
+
+    def __init__(self, config: Config, has_peers: bool) -> None:
+        task = load_task(TaskConfig())
+        self._config = config
+        self._target, self._draft = load(config.target, task), load(config.draft, task)
+        self._tuning = read_prompts(task, "tuning", config.tuning_prompts).inputs
+        self._prompts = read_prompts(task, "test", config.prompts).inputs
+        self._peers: dict[str, Any] = {}
+        if has_peers:
+            from experiments.benchmarks.torch_decode import HuggingFace
+
+            for role, loaded in (("target", self._target), ("draft", self._draft)):
+                self._peers[role] = HuggingFace(loaded.model, loaded.params)
+
+    def measure(self) -> Found:
+        print(f"drafted: {self._config.target} with {self._config.draft}", flush=True)
+        costs = self._costs()
+        tuned = self._tune(costs)
+        gamma = tuned.gamma
+        summary: Row = {
+            "gamma": gamma,
+            "temperature": 0.0,
+            "cost_ratio": costs.cost_ratio,
+            "verification_cost": costs.verification_cost(gamma),
+            "num_prompts": len(self._prompts),
+        }
+        records: list[Row] = []
+        for batch_size in self._config.batch_sizes:
+            print(f"drafted: batch {batch_size}, gamma {gamma}", flush=True)
+            figures, row = self._timed(batch_size, gamma, costs)
+            place = "" if batch_size == 1 else f"_batch{batch_size}"
+            for key, value in figures.items():
+                stem, interval, _ = key.partition("_ci95")
+                summary[stem + place + interval] = value
+            records.append(row)
+        speedups = {str(g): speedup for g, speedup in tuned.speedups.items()}
+        return summary, [*records, {"name": "predicted speed-up by gamma", **speedups}]
+
+    def _costs(self) -> StepCosts:
+        models = (
+            self._target.model,
+            self._target.params,
+            self._draft.model,
+            self._draft.params,
+        )
+        return step_costs(
+            *models,
+            jnp.asarray(self._prompts[:1]),
+            self._config.gammas,
+            steps=self._config.cost_steps,
+            repeats=self._config.rounds,
+        )
+
+    def _tune(self, costs: StepCosts) -> Tuning:
+        """The gamma of the highest predicted speed on prompts that nothing is claimed of."""
+        output = self._speculative(max(self._config.gammas), self._tuning)
+        histogram = np.asarray(output.statistics.accepted_histogram).sum(axis=0)
+        verification = {gamma: costs.verification_cost(gamma) for gamma in self._config.gammas}
+        return tune(efficiency_by_gamma(histogram), costs.cost_ratio, verification)
+
+    def _speculative(self, gamma: int, inputs: np.ndarray) -> SpeculativeOutput:
+        return speculative_sample(
+            self._target.model,
+            self._target.params,
+            self._draft.model,
+            self._draft.params,
+            jnp.asarray(inputs),
+            KEY,
+            gamma=gamma,
+            max_new_tokens=self._config.max_new_tokens,
+            sampling=GREEDY,
+        )
+
+    def _decoders(self, batch_size: int, gamma: int) -> dict[str, Callable[[np.ndarray], Any]]:
+        limit = self._config.max_new_tokens
+
+        def plain(inputs: np.ndarray) -> Any:
+            output = autoregressive_sample(
+                self._target.model,
+                self._target.params,
+                jnp.asarray(inputs),
+                KEY,
+                sampling=GREEDY,
+                max_new_tokens=limit,
+            )
+            return output.tokens, output.lengths
+
+        def speculative(inputs: np.ndarray) -> Any:
+            output = self._speculative(gamma, inputs)
+            return output.tokens, output.lengths
+
+        decoders = {"plain": plain, "speculative": speculative}
+        if self._peers:
+            generate, draft = self._peers["target"].generate, self._peers["draft"]
+            decoders["huggingface"] = functools.partial(generate, max_new_tokens=limit)
+            if batch_size == 1:
+                decoders["huggingface_assisted"] = functools.partial(
+                    generate, max_new_tokens=limit, assistant=draft, gamma=gamma
+                )
+        return decoders
+
+    def _timed(self, batch_size: int, gamma: int, costs: StepCosts) -> tuple[Row, Row]:
+        """(Figures of the summary, the record) of one batch size."""
+        count = len(self._prompts) // batch_size
+        batches = self._prompts[: count * batch_size].reshape(count, batch_size, -1)
+        decoders = self._decoders(batch_size, gamma)
+        clock = race(decoders, list(batches), repeats=self._config.repeats)
+        figures: Row = {}
+        for key, (name, over) in PAIRS.items():
+            if name in decoders and over in decoders:
+                figures |= clock.speedup([name], [over]).keys(key)
+        blocks = [self._speculative(gamma, batch).statistics for batch in batches]
+        emitted = np.array([np.sum(each.emitted) for each in blocks])
+        calls = np.array([np.sum(each.target_calls) for each in blocks])
+        figures |= estimate(np.divide, [emitted, calls]).keys("block_efficiency")
+        if batch_size == 1:  # in larger batches rows wait for each other
+            found = _over_prediction(clock, emitted, calls, gamma, costs)
+            figures |= found.keys("speculative_over_prediction")
+        rates = {
+            f"{name}_tokens_per_second": clock.tokens_per_second([name]).value for name in decoders
+        }
+        row = {
+            "name": f"batch {batch_size}",
+            "target": self._config.target,
+            "draft": self._config.draft,
+            "batch_size": batch_size,
+            "gamma": gamma,
+            **rates,
+            **_equal(decoders, batches),
+            **{f"{name}_compile_seconds": clock.compile_seconds[name] for name in decoders},
+            **figures,
+        }
+        return figures, row
+
+
+def _over_prediction(
+    clock: Clock, emitted: np.ndarray, calls: np.ndarray, gamma: int, costs: StepCosts
+) -> Estimate:
+    """Measured speed-up over tau / (c gamma + v), prompts resampled together."""
+    cost = costs.cost_ratio * gamma + costs.verification_cost(gamma)
+    columns = [
+        column[name]
+        for name in ("speculative", "plain")
+        for column in (clock.tokens, clock.seconds)
+    ]
+
+    def statistic(tokens, seconds, base_tokens, base_seconds, emitted, calls):
+        return tokens / seconds / (base_tokens / base_seconds) / (emitted / calls) * cost
+
+    return estimate(statistic, [*columns, emitted, calls])
+
+
+def _equal(decoders: Mapping[str, Callable[[np.ndarray], Any]], batches: np.ndarray) -> Row:
+    """Texts of every decoder that are those of plain decoding to the last token."""
+    equal = dict.fromkeys(decoders, 0)
+    for batch in batches:
+        texts = {name: np.asarray(decode(batch)[0]) for name, decode in decoders.items()}
+        for name, tokens in texts.items():
+            equal[name] += int(np.all(tokens == texts["plain"], axis=1).sum())
+    counts = {f"{name}_equal_texts": count for name, count in equal.items() if name != "plain"}
+    return {**counts, "compared_texts": batches.shape[0] * batches.shape[1]}

@@ -1,0 +1,172 @@
+"""Plain decoding of fresh models beside Hugging Face, and against reading the weights."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from distillspec_jax.decoding.autoregressive import generate
+from distillspec_jax.decoding.sampling import Sampling
+from distillspec_jax.evaluation.latency import Timing, side_by_side
+from distillspec_jax.models.presets import preset
+from distillspec_jax.models.transformer import Params, Transformer, init_params, start
+from experiments.benchmarks.decode import Config, Found, Row
+
+GREEDY = Sampling(temperature=0.0)
+KEY = jax.random.key(0)  # greedy decoding does not look at it
+
+
+HEADLINES = ("plain_over_huggingface", "plain_over_weight_read", "fraction_of_bandwidth")
+OF_A_LENGTH = "milliseconds_per_token"
+
+
+def measure(config: Config, seed: int, has_peers: bool) -> Found:
+    """Every shape, batch size and length; the headline is of the first length."""
+    memory = Memory(config.read_megabytes)
+    summary: Row = {}
+    records: list[Row] = []
+    for shape in config.shapes:
+        suffix = "" if shape == config.shapes[0] else "_" + shape.rpartition("_")[2]
+        run = _Run(config, shape, seed, memory, has_peers)
+        for batch_size in config.batch_sizes:
+            for new_tokens in config.new_tokens:
+                print(f"{shape}: batch {batch_size}, {new_tokens} tokens", flush=True)
+                row = run.measure(batch_size, new_tokens)
+                records.append(row)
+                place = f"_batch{batch_size}{suffix}"
+                summary |= _named(row, OF_A_LENGTH, f"{OF_A_LENGTH}_length{new_tokens}{place}")
+                if new_tokens == config.new_tokens[0]:
+                    for key in HEADLINES:
+                        summary |= _named(row, key, key + place)
+    counts = ("equal_tokens", "compared_tokens")
+    summary |= {key: sum(row[key] for row in records) for key in counts if has_peers}
+    summary["compilations_per_shape"] = max(row["compilations"] for row in records)
+    return summary, records
+
+
+def _named(row: Row, key: str, name: str) -> Row:
+    """One figure of a record and its spread, under another name."""
+    if key not in row:
+        return {}
+    return {name: row[key], f"{name}_spread": row[f"{key}_spread"]}
+
+
+class Memory:
+    """A block of memory that all cores read at once, to learn how fast that can be."""
+
+    def __init__(self, megabytes: int) -> None:
+        cores = len(os.sched_getaffinity(0))
+        self._parts = np.array_split(np.ones(megabytes * 2**18, np.float32), cores)
+        self._pool = concurrent.futures.ThreadPoolExecutor(cores)
+        self.bytes = megabytes * 2**20
+
+    def read(self) -> float:
+        return max(self._pool.map(np.max, self._parts))
+
+
+def decoder_bytes(model: Transformer, params: Params) -> int:
+    """Bytes of weights that one decoding step has to read.
+
+    Those of the decoder, but for the kernels that read the source once, and the matrix that
+    makes the logits.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params["decoder"])
+    layers = sum(x.nbytes for path, x in leaves if "key_value" not in jax.tree_util.keystr(path))
+    return layers + params["embedding" if model.config.tie_embeddings else "head"].nbytes
+
+
+def ratio(key: str, above: np.ndarray, below: np.ndarray | float) -> Row:
+    """Median over rounds of above / below, [rounds] each, and its least and greatest value."""
+    ratios = above / below
+    return {
+        key: float(np.median(ratios)),
+        f"{key}_spread": [float(ratios.min()), float(ratios.max())],
+    }
+
+
+_start = jax.jit(start, static_argnums=(0, 3))
+_generate = jax.jit(generate, static_argnums=0, static_argnames=("sampling", "max_new_tokens"))
+
+
+class _Run:
+    """One shape with fresh weights, which Hugging Face has too."""
+
+    def __init__(
+        self, config: Config, shape: str, seed: int, memory: Memory, has_peers: bool
+    ) -> None:
+        self._config, self._shape, self._seed, self._memory = config, shape, seed, memory
+        known = preset(shape)
+        self._model = Transformer(
+            dataclasses.replace(known, num_pieces=known.vocab_size, eos_id=-1, dropout_rate=0.0)
+        )
+        self._params = jax.jit(functools.partial(init_params, self._model))(jax.random.key(seed))
+        self._peer: Any = None
+        if has_peers:
+            from experiments.benchmarks.torch_decode import HuggingFace
+
+            self._peer = HuggingFace(self._model, self._params)
+
+    def measure(self, batch_size: int, new_tokens: int) -> Row:
+        """Everything about one batch size and length."""
+        rng = np.random.default_rng(self._seed)
+        shape = batch_size, self._config.input_length
+        inputs = rng.integers(2, self._model.config.num_pieces, shape).astype(np.int32)
+        texts: dict[str, np.ndarray] = {}
+
+        def plain() -> None:
+            output = _generate(
+                self._model, self._params, inputs, KEY, sampling=GREEDY, max_new_tokens=new_tokens
+            )
+            texts["plain"] = np.asarray(output.tokens)
+
+        def huggingface() -> None:
+            texts["huggingface"], _ = self._peer.generate(inputs, new_tokens)
+
+        calls: dict[str, Callable[[], Any]] = {
+            "plain": plain,
+            "encode": lambda: _start(self._model, self._params, inputs, new_tokens),
+            "read": self._memory.read,
+        }
+        calls |= {"huggingface": huggingface} if self._peer else {}
+        before = _generate._cache_size()
+        timings = side_by_side(calls, repeats=self._config.rounds, seed=self._seed)
+        row = {
+            "shape": self._shape,
+            "batch_size": batch_size,
+            "input_length": self._config.input_length,
+            "new_tokens": new_tokens,
+            "compilations": _generate._cache_size() - before,
+            **self._figures(timings, batch_size, new_tokens),
+        }
+        if self._peer:
+            row["equal_tokens"] = int(np.sum(texts["plain"] == texts["huggingface"]))
+            row["compared_tokens"] = texts["plain"].size
+        return row
+
+    def _figures(self, timings: Mapping[str, Timing], batch_size: int, new_tokens: int) -> Row:
+        """Ratios of the rounds. The time of a token is without the reading of the source."""
+        seconds = {name: timing.seconds for name, timing in timings.items()}
+        step = (seconds["plain"] - seconds["encode"]) / new_tokens
+        bandwidth = self._memory.bytes / seconds["read"]
+        read = decoder_bytes(self._model, self._params) / bandwidth
+        row = {
+            **{f"{name}_seconds": timing.median for name, timing in timings.items()},
+            "compile_seconds": timings["plain"].first_call - timings["plain"].median,
+            "plain_tokens_per_second": batch_size * new_tokens / timings["plain"].median,
+            "bandwidth_gigabytes_per_second": float(np.median(bandwidth)) / 1e9,
+            **ratio("milliseconds_per_token", 1e3 * step, 1),
+            **ratio("plain_over_weight_read", step, read),
+            **ratio("fraction_of_bandwidth", read, step),
+        }
+        if "huggingface" in seconds:
+            tokens_per_second = batch_size * new_tokens / timings["huggingface"].median
+            row["huggingface_tokens_per_second"] = tokens_per_second
+            row |= ratio("plain_over_huggingface", seconds["huggingface"], seconds["plain"])
+        return row

@@ -1,0 +1,175 @@
+"""The decoding benchmark with tiny models: its figures, its peers, its refusals."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from distillspec_jax.errors import UserError
+from distillspec_jax.evaluation.latency import Timing
+from distillspec_jax.models.presets import preset
+from distillspec_jax.models.transformer import Transformer, init_params
+from experiments import benchmark
+from experiments.benchmarks import decode, decode_plain
+from experiments.benchmarks.decode import Config
+
+PLAIN = Config(
+    parts=("plain",),
+    peers=False,
+    batch_sizes=(1, 3),
+    shapes=("cpu_draft", "cpu_t5_draft"),
+    input_length=5,
+    new_tokens=(4, 7),
+    rounds=2,
+    read_megabytes=1,
+)
+DRAFTED = dataclasses.replace(
+    PLAIN,
+    parts=("drafted",),
+    batch_sizes=(1, 2),
+    gammas=(2, 3),
+    max_new_tokens=6,
+    tuning_prompts=2,
+    prompts=4,
+    repeats=1,
+    cost_steps=2,
+)
+FIGURES = (
+    *("plain_over_weight_read_batch1", "plain_over_weight_read_batch3_draft"),
+    *("milliseconds_per_token_length4_batch1", "milliseconds_per_token_length7_batch3_draft"),
+)
+RATIOS = ("plain_over_huggingface_batch1", "plain_over_huggingface_batch3_draft")
+
+
+@pytest.fixture
+def small(models):
+    """The drafted part on the tiny models of the suite."""
+    return dataclasses.replace(DRAFTED, target=str(models / "target"), draft=str(models / "draft"))
+
+
+def check_spread(summary, key):
+    low, high = summary[f"{key}_spread"]
+    assert low <= summary[key] <= high
+
+
+def test_every_shape_is_compiled_once_and_has_its_figures():
+    summary, records = decode.measure(PLAIN, seed=3)
+    for key in FIGURES:
+        check_spread(summary, key)
+    assert not set(RATIOS) & set(summary)  # nobody to compare with
+    assert len(records) == 2 * 2 * 2
+    assert [row["compilations"] for row in records] == [1] * 8
+    assert summary["compilations_per_shape"] == 1
+    for row in records:
+        tokens = row["batch_size"] * row["new_tokens"]
+        assert row["plain_tokens_per_second"] == pytest.approx(tokens / row["plain_seconds"])
+
+
+def test_the_weights_of_a_step():
+    """Counted from the shape: three stacks of kernels a layer, the norms, the bias, the head."""
+    c = dataclasses.replace(preset("cpu_target"), num_decoder_layers=3)
+    model = Transformer(c)
+    params = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    inner = c.num_heads * c.head_dim
+    layer = c.d_model * (3 * inner + inner + 2 * inner + 3 * c.d_ff) + 3 * c.d_model
+    rest = c.d_model + c.num_heads * c.relative_buckets + c.vocab_size * c.d_model
+    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), params)
+    assert decode_plain.decoder_bytes(model, params) == 4 * (3 * layer + rest)
+
+
+def test_the_time_of_a_token_is_without_the_source():
+    run = object.__new__(decode_plain._Run)
+    run._memory = decode_plain.Memory(1)
+    run._model = Transformer(preset("cpu_draft"))
+    run._params = jax.tree.map(np.asarray, init_params(run._model, jax.random.key(0)))
+    seconds = {"plain": [5.0, 9.0, 7.0], "encode": [1.0, 1.0, 1.0], "read": [0.5, 0.25, 0.5]}
+    seconds["huggingface"] = [10.0, 9.0, 28.0]
+    timings = {name: Timing(np.array(each), 11.0) for name, each in seconds.items()}
+    found = run._figures(timings, batch_size=3, new_tokens=2)
+    assert found["milliseconds_per_token"] == 3000
+    assert found["milliseconds_per_token_spread"] == [2000, 4000]
+    assert found["plain_over_huggingface"] == 2  # of each round, then the median
+    assert found["plain_over_huggingface_spread"] == [1, 4]
+    assert found["compile_seconds"] == 4
+    weights = decode_plain.decoder_bytes(run._model, run._params) / 2**20  # in blocks read
+    assert found["plain_over_weight_read"] == pytest.approx(3 / (weights * 0.5), rel=1e-6)
+
+
+def test_a_draft_is_timed_beside_none(small):
+    summary, records = decode.measure(small, seed=3)
+    for key in ("speculative_over_plain", "speculative_over_prediction", "block_efficiency"):
+        low, high = summary[f"{key}_ci95"]
+        assert low <= summary[key] <= high
+    assert {"speculative_over_plain_batch2", "speculative_over_plain_batch2_ci95"} <= set(summary)
+    assert summary["gamma"] in small.gammas
+    one = next(row for row in records if row.get("batch_size") == 1)
+    assert one["speculative_equal_texts"] == one["compared_texts"] == 4
+    cost = summary["cost_ratio"] * summary["gamma"] + summary["verification_cost"]
+    predicted = summary["block_efficiency"] / cost
+    found = summary["speculative_over_plain"] / predicted
+    assert summary["speculative_over_prediction"] == pytest.approx(found)
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("default")
+def test_hugging_face_writes_the_same_texts(small):
+    config = dataclasses.replace(
+        small, parts=decode.PARTS, peers=True, shapes=("cpu_draft",), new_tokens=(9,)
+    )
+    summary, records = decode.measure(config, seed=3)
+    check_spread(summary, RATIOS[0])
+    assert summary["equal_tokens"] == summary["compared_tokens"] == (1 + 2) * 9
+    one = next(row for row in records if row.get("batch_size") == 1 and "gamma" in row)
+    assert one["huggingface_equal_texts"] == one["huggingface_assisted_equal_texts"] == 4
+    assert "speculative_over_huggingface_assisted_ci95" in summary
+
+
+def test_without_peers_their_rows_are_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: None)
+    config = dataclasses.replace(
+        PLAIN, peers=True, batch_sizes=(1,), shapes=("cpu_draft",), new_tokens=(3,)
+    )
+    summary, _ = decode.measure(config, seed=0)
+    assert "plain_over_weight_read_batch1" in summary
+    assert RATIOS[0] not in summary
+    assert "left out, torch and transformers not installed" in capsys.readouterr().out
+
+
+def test_the_entrypoint_writes_its_files_and_keeps_them(enter, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        decode, "measure", lambda config, seed: ({"x": 2.0, "x_spread": [1, 3]}, [])
+    )
+    arguments = ["--config=experiments/configs/benchmark/decode.py:fast", f"--workdir={tmp_path}/w"]
+    code, out, _ = enter(benchmark.main, benchmark.BenchmarkConfig, *arguments)
+    assert code in (0, None)
+    assert "x: 2 [1, 3]" in out
+    summary = json.loads((tmp_path / "w" / "summary.json").read_text())
+    assert summary["x"] == 2
+    assert "device_kind" in summary
+    code, _, err = enter(benchmark.main, benchmark.BenchmarkConfig, *arguments)
+    assert code == 2
+    assert "has the figures of such a run" in err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parts": ("plan",)}, "unknown part 'plan'"),
+        ({"shapes": ("t5_1_1_bas",)}, "did you mean 't5_1_1_base'"),
+        ({"shapes": ("lm1b_33m",)}, "has no encoder"),
+        ({"shapes": ()}, "shapes is empty"),
+        ({"gammas": (3, 0)}, "gammas is .*at least 1"),
+        ({"rounds": 0}, "rounds is 0"),
+        ({"prompts": 7, "batch_sizes": (8,)}, "too few for a batch of 8"),
+    ],
+)
+def test_bad_settings_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        Config(**changes)
+
+
+def test_an_unknown_benchmark_is_refused():
+    with pytest.raises(UserError, match="unknown benchmark 'decoed'.*did you mean 'decode'"):
+        benchmark.BenchmarkConfig(benchmark="decoed")
