@@ -39,18 +39,28 @@ def test_stages_of_ones_own_t5(size):
 
 
 def test_all_starts_get_the_same_steps():
-    starts = ("cut", "fresh", "wide_cut", "wide_fresh")
-    paths = [draft.path for draft in config_of("draft_starts", "evaluate").drafts]
-    assert paths[:2] == ["stories-draft", "runs/starts/sibling-distilled"]
-    tuned = {start: config_of("draft_starts", f"finetune,{start}") for start in starts}
-    distilled = {start: config_of("draft_starts", f"distill,{start}") for start in starts}
-    for start in starts:
-        assert tuned[start].model == f"runs/starts/{start}-start"
-        assert distilled[start].draft == f"runs/starts/{start}-tuned" in paths
-        assert f"runs/starts/{start}-distilled" in paths
-        assert (tuned[start].steps, distilled[start].steps) == (600, 400)
-    assert tuned["wide_cut"].optimizer == tuned["wide_fresh"].optimizer
-    assert tuned["cut"].optimizer == tuned["fresh"].optimizer
+    drafts = config_of("draft_starts", "evaluate").drafts
+    paths = [draft.path for draft in drafts]
+    assert paths[:2] == ["stories-draft", "runs/starts/sibling-distilled-0"]
+    assert len(drafts) == 10
+    for seed in (0, 1):
+        tuned, distilled = (
+            {
+                start: config_of("draft_starts", f"{stage},{start},{seed}")
+                for start in ("cut", "fresh")
+            }
+            for stage in ("finetune", "distill")
+        )
+        for start in tuned:
+            assert tuned[start].model == f"runs/starts/{start}-start-{seed}"
+            assert distilled[start].draft == f"runs/starts/{start}-tuned-{seed}"
+            wanted = {f"runs/starts/{start}-{done}-{seed}" for done in ("tuned", "distilled")}
+            assert wanted == {d.path for d in drafts if d.seed == seed and start in d.name}
+            assert (tuned[start].seed, distilled[start].seed) == (seed, seed)
+        same = {"model": "", "draft": ""}
+        for pair in (tuned, distilled):
+            cut, fresh = (vars(each) | same for each in pair.values())
+            assert cut == fresh
     assert config_of("draft_starts", "distill,sibling").draft == "stories-draft"
 
 
