@@ -9,6 +9,7 @@ import pytest
 
 from distillspec_jax import zoo
 from distillspec_jax.data.tasks import TaskConfig, load_task
+from distillspec_jax.distill.data_sources import source_probabilities
 from distillspec_jax.distill.step import make_distill_step
 from distillspec_jax.errors import UserError
 from distillspec_jax.training.optimizers import OptimizerConfig, make_optimizer
@@ -200,7 +201,20 @@ def test_bad_settings_are_refused_before_anything_is_read(changes, message):
         SweepConfig(target="t", draft="d", **changes)
 
 
-def test_names_of_files(tmp_path):
+def test_what_the_sources_are():
+    found = {
+        name: list(source_probabilities(Cell("", 1, "tvd", name).recipe(0.5)).values())
+        for name in cells.SOURCES
+    }  # references, draft, target
+    assert found == {
+        "fixed": [1, 0, 0],
+        "teacher": [0, 0, 1],
+        "draft": [0, 1, 0],
+        "mixed": [0.5, 0.5, 0],
+    }
+
+
+def test_names_of_files():
     cell = Cell("pretrain[:30000]", 500, "jsd", "draft", 2)
     assert cell.key == "pretrain_30000-500-jsd-draft-2"
     assert cells.slug("train") == "train"
