@@ -10,6 +10,7 @@ workdir, a preset. With layers or sizes it also makes a draft out of a target:
     python -m experiments.convert --from=flan-t5-base --to=draft --encoder_layers=0,5,11 \
         --decoder_layers=0,11 --d_ff=1024
 
+(a layer named again, as 0,1,1, is a copy that changes nothing yet and learns when trained on),
 and with `--fresh=SEED` one of that shape and vocabulary whose weights are drawn anew.
 """
 
@@ -44,7 +45,7 @@ _TOKENIZER = flags.DEFINE_string(
 _FRESH = flags.DEFINE_integer("fresh", None, "seed: draw the weights anew, keep only the shape")
 _LAYERS = {
     f"{stack}_layers": flags.DEFINE_list(
-        f"{stack}_layers", None, f"layers of the {stack} to keep, as 0,5,11"
+        f"{stack}_layers", None, f"layers of the {stack} to keep, as 0,5,11; 0,1,1 copies"
     )
     for stack in ("encoder", "decoder")
 }

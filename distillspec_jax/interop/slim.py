@@ -23,6 +23,7 @@ from distillspec_jax.models.transformer import Transformer
 Flat = dict[Path, np.ndarray]
 _TINY = np.finfo(np.float32).tiny
 _WIDTHS = ("d_model", "num_heads", "d_ff")
+_WRITES = ("out", "wo")  # the kernels through which a layer adds to the residual stream
 
 
 def slim(
@@ -40,7 +41,8 @@ def slim(
 
     Args:
       name: of the new model.
-      encoder_layers, decoder_layers: layers to keep, in order; None keeps all.
+      encoder_layers, decoder_layers: layers to keep, in order; None keeps all. A layer named again
+        is a copy that writes nothing yet: the model computes the same, and has room to learn.
       d_model, num_heads, d_ff: sizes to keep of D, N, F; None keeps all. The size of a head stays.
     Raises:
       UserError for layers that are not there, an empty decoder, or sizes that are no smaller.
@@ -71,9 +73,9 @@ def slim(
 
 def _checked(stack: str, kept: Sequence[int] | None, depth: int) -> list[int]:
     kept = range(depth) if kept is None else kept
-    if any(not 0 <= index < depth for index in kept) or list(kept) != sorted(set(kept)):
+    if any(not 0 <= index < depth for index in kept) or list(kept) != sorted(kept):
         raise UserError(
-            f"{stack}_layers {list(kept)} must be rising numbers within 0 and {depth - 1}"
+            f"{stack}_layers {list(kept)} must be numbers in order within 0 and {depth - 1}"
         )
     if depth and not kept:
         raise UserError(f"{stack}_layers is empty; keep at least one layer")
@@ -87,12 +89,14 @@ def _size(field: str, asked: int | None, there: int) -> int:
 
 
 def _moved(params: Any, path: Path, layers: Mapping[str, list[int]]) -> np.ndarray:
-    """The leaf at `path` of the shallower model."""
+    """The leaf at `path` of the model with those layers."""
     stack, *rest = path
-    if rest and rest[0].startswith("layers_"):
-        kept = layers[stack][int(rest[0].removeprefix("layers_"))]
-        path = (stack, f"layers_{kept}", *rest[1:])
-    return np.asarray(layout.get(params, path), np.float32)
+    if not rest or not rest[0].startswith("layers_"):
+        return np.asarray(layout.get(params, path), np.float32)
+    kept, index = layers[stack], int(rest[0].removeprefix("layers_"))
+    leaf = np.asarray(layout.get(params, (stack, f"layers_{kept[index]}", *rest[1:])), np.float32)
+    named_again = index > 0 and kept[index] == kept[index - 1]
+    return np.zeros_like(leaf) if named_again and path[-1] in _WRITES else leaf
 
 
 def _narrow(flat: Flat, stack: str, config: ModelConfig, sizes: Mapping[str, int]) -> Flat:

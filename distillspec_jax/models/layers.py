@@ -17,12 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from distillspec_jax.models.config import ModelConfig
 
 KeysValues = tuple[jax.Array, jax.Array]  # each [B, N, S, H]
 Remember = Callable[[jax.Array, jax.Array], KeysValues]
 
+ROW_AXES = ("data", "fsdp")  # of the mesh: they split the rows of a batch
 NEG_INF = -1e9  # finite: 0 * NEG_INF is 0, and a row that is masked whole gives no NaN
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -31,6 +33,30 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
     "silu": jax.nn.silu,
 }
+
+
+def by_rows(x: jax.Array) -> jax.Array:
+    """x [B, ...] with its rows split over the mesh that `jax.set_mesh` set, if one was.
+
+    Without it the partitioner may follow a weight split along D: it then splits x along D and
+    keeps whole rows on every device of that axis, where the weight should be gathered. A batch
+    that does not divide stays whole (the one row that initialises a model).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[0] % math.prod(mesh.shape[axis] for axis in ROW_AXES):
+        return x
+    rest = (None,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROW_AXES, *rest))
+
+
+def whole_rows(table: jax.Array) -> jax.Array:
+    """A table [V, D] whose rows are whole on each device, where a mesh is set.
+
+    Looking rows up in a table that is split along D would leave x split along D.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return table
+    return jax.lax.with_sharding_constraint(table, PartitionSpec(PartitionSpec.UNCONSTRAINED, None))
 
 
 def scaled_normal(
@@ -165,8 +191,13 @@ class _Attention(nn.Module):
         return self.param("out", init, (c.num_heads, c.head_dim, c.d_model)).astype(c.dtype)
 
     def _merge(self, context: jax.Array) -> jax.Array:
-        """[B, N, T, H] -> [B, T, D]."""
-        return jnp.einsum("btnh,nhd->btd", context.swapaxes(1, 2), self.out)
+        """[B, N, T, H] -> [B, T, D].
+
+        One contraction over N H: over N and H apart XLA turns the kernel round at every step.
+        """
+        heads = context.swapaxes(1, 2)
+        kernel = self.out.reshape(-1, self.out.shape[-1])
+        return jnp.einsum("btk,kd->btd", heads.reshape(*heads.shape[:2], -1), kernel)
 
 
 class SelfAttention(_Attention):
