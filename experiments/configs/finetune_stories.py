@@ -16,7 +16,6 @@ minutes; the cards in `distillspec_jax/pretrained` have the figures.
 
 from ml_collections import ConfigDict
 
-
 STEPS = {"target": 5_500, "deeper": 1_200, "draft": 8_000}
 RATES = {"target": 4e-4, "deeper": 3e-4, "draft": 3e-3}
 
