@@ -16,13 +16,11 @@ from distillspec_jax.decoding.block_length import Tuning, efficiency_by_gamma, t
 from distillspec_jax.decoding.sampling import Sampling
 from distillspec_jax.decoding.speculative import speculative_sample
 from distillspec_jax.decoding.state import SpeculativeOutput
-from distillspec_jax.evaluation.intervals import Estimate, estimate
+from distillspec_jax.evaluation.intervals import Estimate, estimate, ratio_of_ratios
 from distillspec_jax.evaluation.latency import Clock, StepCosts, race, step_costs
 from experiments.bench import load, read_prompts
 from experiments.benchmarks.decode import Config, Found, Row
 
-GREEDY = Sampling(temperature=0.0)
-KEY = jax.random.key(0)  # greedy decoding does not look at it
 PAIRS = {  # figure: (decoder, decoder it is held against)
     "speculative_over_plain": ("speculative", "plain"),
     "speculative_over_huggingface": ("speculative", "huggingface"),
@@ -64,6 +62,7 @@ class _Run:
             "cost_ratio": costs.cost_ratio,
             "verification_cost": costs.verification_cost(gamma),
             "num_prompts": len(self._prompts),
+            **self._block_gain(),
         }
         records: list[Row] = []
         for batch_size in self._config.batch_sizes:
@@ -94,23 +93,35 @@ class _Run:
 
     def _tune(self, costs: StepCosts) -> Tuning:
         """The gamma of the highest predicted speed on prompts that nothing is claimed of."""
-        output = self._speculative(max(self._config.gammas), self._tuning)
+        output = self._speculative(self._tuning, max(self._config.gammas))
         histogram = np.asarray(output.statistics.accepted_histogram).sum(axis=0)
         verification = {gamma: costs.verification_cost(gamma) for gamma in self._config.gammas}
         return tune(efficiency_by_gamma(histogram), costs.cost_ratio, verification)
 
-    def _speculative(self, gamma: int, inputs: np.ndarray) -> SpeculativeOutput:
+    def _speculative(
+        self, inputs: np.ndarray, gamma: int, verification: str = "token", temperature: float = 0.0
+    ) -> SpeculativeOutput:
         return speculative_sample(
             self._target.model,
             self._target.params,
             self._draft.model,
             self._draft.params,
             jnp.asarray(inputs),
-            KEY,
+            jax.random.key(0),
             gamma=gamma,
             max_new_tokens=self._config.max_new_tokens,
-            sampling=GREEDY,
+            sampling=Sampling(temperature),
+            verification=verification,
         )
+
+    def _block_gain(self) -> Row:
+        """Block efficiency of block verification over token verification, at temperature 1."""
+        gamma = max(self._config.gammas)
+        columns = []
+        for rule in ("block", "token"):
+            counts = self._speculative(self._prompts, gamma, rule, temperature=1.0).statistics
+            columns += [np.asarray(counts.emitted), np.asarray(counts.target_calls)]
+        return ratio_of_ratios(*columns).keys("block_verification_gain")
 
     def _decoders(self, batch_size: int, gamma: int) -> dict[str, Callable[[np.ndarray], Any]]:
         limit = self._config.max_new_tokens
@@ -120,14 +131,14 @@ class _Run:
                 self._target.model,
                 self._target.params,
                 jnp.asarray(inputs),
-                KEY,
-                sampling=GREEDY,
+                jax.random.key(0),
+                sampling=Sampling(temperature=0.0),
                 max_new_tokens=limit,
             )
             return output.tokens, output.lengths
 
         def speculative(inputs: np.ndarray) -> Any:
-            output = self._speculative(gamma, inputs)
+            output = self._speculative(inputs, gamma)
             return output.tokens, output.lengths
 
         decoders = {"plain": plain, "speculative": speculative}
@@ -150,7 +161,7 @@ class _Run:
         for key, (name, over) in PAIRS.items():
             if name in decoders and over in decoders:
                 figures |= clock.speedup([name], [over]).keys(key)
-        blocks = [self._speculative(gamma, batch).statistics for batch in batches]
+        blocks = [self._speculative(batch, gamma).statistics for batch in batches]
         emitted = np.array([np.sum(each.emitted) for each in blocks])
         calls = np.array([np.sum(each.target_calls) for each in blocks])
         figures |= estimate(np.divide, [emitted, calls]).keys("block_efficiency")

@@ -20,7 +20,6 @@ from distillspec_jax.models.transformer import Params, Transformer, init_params,
 from experiments.benchmarks.decode import Config, Found, Row
 
 GREEDY = Sampling(temperature=0.0)
-KEY = jax.random.key(0)  # greedy decoding does not look at it
 
 
 HEADLINES = ("plain_over_huggingface", "plain_over_weight_read", "fraction_of_bandwidth")
@@ -118,11 +117,12 @@ class _Run:
         rng = np.random.default_rng(self._seed)
         shape = batch_size, self._config.input_length
         inputs = rng.integers(2, self._model.config.num_pieces, shape).astype(np.int32)
+        key = jax.random.key(self._seed)  # greedy decoding does not look at it
         texts: dict[str, np.ndarray] = {}
 
         def plain() -> None:
             output = _generate(
-                self._model, self._params, inputs, KEY, sampling=GREEDY, max_new_tokens=new_tokens
+                self._model, self._params, inputs, key, sampling=GREEDY, max_new_tokens=new_tokens
             )
             texts["plain"] = np.asarray(output.tokens)
 

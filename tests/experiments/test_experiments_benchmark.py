@@ -40,6 +40,10 @@ FIGURES = (
     *("plain_over_weight_read_batch1", "plain_over_weight_read_batch3_draft"),
     *("milliseconds_per_token_length4_batch1", "milliseconds_per_token_length7_batch3_draft"),
 )
+DRAWN = (
+    *("speculative_over_plain", "speculative_over_prediction", "block_efficiency"),
+    "block_verification_gain",
+)
 RATIOS = ("plain_over_huggingface_batch1", "plain_over_huggingface_batch3_draft")
 
 
@@ -99,7 +103,7 @@ def test_the_time_of_a_token_is_without_the_source():
 
 def test_a_draft_is_timed_beside_none(small):
     summary, records = decode.measure(small, seed=3)
-    for key in ("speculative_over_plain", "speculative_over_prediction", "block_efficiency"):
+    for key in DRAWN:
         low, high = summary[f"{key}_ci95"]
         assert low <= summary[key] <= high
     assert {"speculative_over_plain_batch2", "speculative_over_plain_batch2_ci95"} <= set(summary)
@@ -171,5 +175,5 @@ def test_bad_settings_are_refused(changes, message):
 
 
 def test_an_unknown_benchmark_is_refused():
-    with pytest.raises(UserError, match="unknown benchmark 'decoed'.*did you mean 'decode'"):
+    with pytest.raises(UserError, match=r"unknown benchmark 'decoed'.*did you mean 'decode'"):
         benchmark.BenchmarkConfig(benchmark="decoed")

@@ -1,0 +1,75 @@
+"""Greedy texts of trained models with a draft are those without one, prompt by prompt."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from distillspec_jax import zoo
+from distillspec_jax.data.tasks import TaskConfig, load_task
+from distillspec_jax.decoding.autoregressive import autoregressive_sample
+from distillspec_jax.decoding.sampling import Sampling
+from distillspec_jax.decoding.speculative import speculative_sample
+from distillspec_jax.models.transformer import Transformer, score
+
+GREEDY = Sampling(temperature=0.0)
+LIMIT, GAMMA, BATCH = 56, 7, 100
+NEAR = 0.05  # of the largest logit: what bfloat16's 8 bits leave uncertain after seven layers
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return zoo.load("stories-target"), zoo.load("stories-draft")
+
+
+def texts(pair, count, batch_size):
+    """inputs, texts without a draft, texts with one: [count, ...] each."""
+    (target, target_params), (draft, draft_params) = pair
+    task, rng = load_task(TaskConfig()), jax.random.key(0)
+    settings = {"sampling": GREEDY, "max_new_tokens": LIMIT}
+    columns = []
+    for batch in task.eval_batches("test", batch_size=batch_size, count=count):
+        inputs = jnp.asarray(batch.inputs)
+        plain = autoregressive_sample(target, target_params, inputs, rng, **settings)
+        drafted = speculative_sample(
+            target, target_params, draft, draft_params, inputs, rng, gamma=GAMMA, **settings
+        )
+        columns.append([np.asarray(x) for x in (inputs, plain.tokens, drafted.tokens)])
+    return [np.concatenate(each) for each in zip(*columns, strict=True)]
+
+
+@pytest.mark.parametrize("count", [16, pytest.param(1_000, marks=pytest.mark.slow)])
+def test_float32_texts_are_equal_to_the_last_token(pair, count):
+    inputs, plain, drafted = texts(pair, count, min(count, BATCH))
+    assert len(inputs) == count
+    assert (plain != 0).sum(axis=1).min() > 1
+    np.testing.assert_array_equal(plain, drafted)
+
+
+@pytest.mark.slow
+def test_bfloat16_texts_part_at_near_ties_only(pair, record_property):
+    """A block of positions rounds otherwise than one position: close logits may change places."""
+    (target, params), (draft, draft_params) = pair
+    halves = [
+        Transformer(dataclasses.replace(model.config, dtype="bfloat16"))
+        for model in (target, draft)
+    ]
+    inputs, plain, drafted = texts(
+        ((halves[0], params), (halves[1], draft_params)), 5 * BATCH, BATCH
+    )
+    rows = np.flatnonzero((plain != drafted).any(axis=1))
+    record_property("texts_that_part_at_near_ties", len(rows))
+    assert len(rows) < len(plain) / 10
+    where = (plain != drafted).argmax(axis=1)[rows]
+    if len(rows):
+        logits = np.asarray(
+            jax.jit(score, static_argnums=0)(
+                halves[0], params, *map(jnp.asarray, (inputs[rows], plain[rows]))
+            )
+        )[np.arange(len(rows)), where]
+        ours, theirs = (x[rows, where] for x in (plain, drafted))
+        picked = np.arange(len(rows))
+        gap = np.abs(logits[picked, ours] - logits[picked, theirs])
+        assert np.all(gap <= NEAR * np.abs(logits).max(axis=1, where=logits > -1e8, initial=0))
