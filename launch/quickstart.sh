@@ -5,7 +5,7 @@
 #
 #   --fast          small and rough, at most two minutes, in runs/quickstart-fast
 #   --seeds N       N drafts of each kind, for a claim with intervals over seeds
-#   --from-scratch  also trains the target and the draft to begin with (an hour)
+#   --from-scratch  also trains the target and the draft to begin with (well over an hour)
 #
 # Started again it goes on where it was, and keeps what is done.
 set -euo pipefail
@@ -34,7 +34,7 @@ done
 if [ "$scratch" = 1 ]; then folder+=-scratch options+=,scratch; fi
 make_environment '' "$version"
 
-done_stages=0 stages=$((2 * seeds + 2 + 2 * scratch))
+done_stages=0 stages=$((2 * seeds + 2 + 3 * scratch))
 stage() { # what, then an entrypoint, its config, its workdir and flags
   done_stages=$((done_stages + 1))
   printf '\n[%d/%d] %s (%d:%02d since the start)\n' "$done_stages" "$stages" "$1" \
@@ -43,7 +43,11 @@ stage() { # what, then an entrypoint, its config, its workdir and flags
 }
 
 if [ "$scratch" = 1 ]; then
-  stage 'train the target' finetune finetune_stories.py:target "$folder/target"
+  stage 'train the target' finetune finetune_stories.py:target "$folder/shallow"
+  [ -e "$folder/start" ] || "$python" -m experiments.convert --from="$folder/shallow" \
+    --to="$folder/start" --format=native --decoder_layers=0,0,1,1,2,2,3,3,4
+  stage 'train it deeper' finetune finetune_stories.py:deeper "$folder/target" \
+    --config.model="$folder/start"
   stage 'train the draft' finetune finetune_stories.py:draft "$folder/draft"
 fi
 for ((seed = 0; seed < seeds; seed++)); do

@@ -247,7 +247,8 @@ def test_what_is_evaluated_is_what_was_trained(run, arguments, folder):
         assert (drafts[workdir].name, drafts[workdir].seed) == (name, int(flags["config.seed"]))
         assert config.target == evaluated.target
         assert config.draft == evaluated.drafts[0].path
-    expected = {evaluated.target, evaluated.drafts[0].path} if trained else set()
+    shallow = f"{folder}/shallow"  # what the target grows from
+    expected = {shallow, evaluated.target, evaluated.drafts[0].path} if trained else set()
     assert trained == expected
     assert set(drafts) == {*configs, evaluated.drafts[0].path}
     assert evaluated.drafts[0].name == "finetuned"
