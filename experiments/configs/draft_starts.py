@@ -1,7 +1,7 @@
 """What a draft should begin as: a sibling, the target cut down, or fresh, on `arithmetic_stories`.
 
     C=experiments/configs/draft_starts.py RUNS=runs/starts
-    SHAPE="--encoder_layers=1 --decoder_layers=4 --d_model=64 --d_ff=128 --num_heads=1"
+    SHAPE="--encoder_layers=1 --decoder_layers=8 --d_model=64 --d_ff=128 --num_heads=1"
     CUT="--from=stories-target --format=native $SHAPE"
     for I in 0 1; do  # seeds
       python -m experiments.convert $CUT            --to=$RUNS/cut-start-$I
