@@ -49,8 +49,10 @@ class Results:
 
     def summary(self) -> Row:
         """The headline, flat: the last name's first row, and its gains at the same setting."""
-        names = [row["name"] for row in self.pooled]
-        headline = self.pooled[names.index(names[-1])]
+        first = {row["name"]: row for row in reversed(self.pooled)}  # the first row of each name
+        # rows begin with all names in their order; the last row may be any name's tuned gamma
+        last_name = list(dict.fromkeys(row["name"] for row in self.pooled))[-1]
+        headline = first[last_name]
         flat = {key: value for key, value in headline.items() if key != "seeds"}
         for gain in self.gains:
             key = f"{gain['figure']}_over_{gain['over']}_t{gain['temperature']:g}"

@@ -31,7 +31,8 @@ class Headline:
 
 def headlines(run: Run) -> list[Headline]:
     """One headline per temperature."""
-    name = run.summary["pooled"][-1]["name"]
+    # in the order of the config; the last row may be any draft's, at the gamma chosen for it
+    name = list(dict.fromkeys(row["name"] for row in run.summary["pooled"]))[-1]
     rows = [row for row in run.summary["pooled"] if row["name"] == name and row["lossless"]]
     found = []
     for temperature in dict.fromkeys(row["temperature"] for row in rows):

@@ -152,6 +152,12 @@ def test_seeds_are_pooled(summary):
     assert pooled["accepted_histogram"] == histograms.sum(0).tolist()
 
 
+def test_the_headline_is_the_last_name_s_first_row():
+    rows = [{"name": name, "gamma": gamma} for name, gamma in (("a", 7), ("b", 7), ("a", 4))]
+    summary = measuring.Results(drafts=[], pooled=rows, gains=[], records=[]).summary()
+    assert (summary["name"], summary["gamma"]) == ("b", 7)
+
+
 def test_gains_are_ratios_of_the_rows(summary):
     gains = [row for row in summary["gains"] if row["figure"] == "block_efficiency"]
     assert [(row["name"], row["over"], row["gamma"]) for row in gains] == [

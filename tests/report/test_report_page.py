@@ -138,6 +138,20 @@ def test_three_lines_say_what_was_gained(evaluation):
     assert proof.startswith("lossless: 9,000 of 9,000 greedy texts")
 
 
+def test_the_headline_is_the_last_draft_s_though_its_row_is_not_the_last(runs_folder):
+    """As where the gamma chosen for it is the shared one, and another draft's is not."""
+
+    def drop_its_own_gamma(summary):
+        mine = [row["name"] == "distilled" and row["gamma"] == 5 for row in summary["pooled"]]
+        summary["pooled"] = [
+            row for row, drop in zip(summary["pooled"], mine, strict=True) if not drop
+        ]
+        assert summary["pooled"][-1]["name"] != "distilled"
+
+    evaluation = change(runs_folder, ".", drop_its_own_gamma)[0]
+    assert "'distilled', gamma 7: greedy 4.42" in lines(evaluation)[0]
+
+
 def test_mismatches_are_not_hidden(runs_folder):
     def spoil(summary):
         summary["drafts"][0]["greedy_mismatches"] = 3
