@@ -82,7 +82,13 @@ def measure(config: Config, seed: int) -> Found:
         if needed:
             print(f"{part}: left out, {', '.join(sorted(needed))} not installed")
             continue
+        print(f"{part}: compiling, then {config.rounds} rounds", flush=True)
         figures, rows = _MEASURES[part](config, seed)
+        print(
+            "".join(
+                f"  {row['name']}: {row['seconds']:.4g} s\n" for row in rows if "seconds" in row
+            )
+        )
         summary |= figures
         records += [{"kind": "timing", "part": part, **row} for row in rows]
     return summary, records

@@ -5,6 +5,7 @@ Imported only where the extra `peers` is installed.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -69,7 +70,7 @@ def trl_calls(
         torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), CLIP_NORM)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
-        return float(loss)
+        return loss.item()
 
     def rollout() -> np.ndarray:
         with torch.no_grad():
@@ -86,6 +87,9 @@ def _trainer(draft: ModelConfig, target: ModelConfig, batch_size: int, length: i
     """GKDTrainer as its documentation builds it, with nothing to read: batches are handed to it."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
+
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    transformers.logging.set_verbosity_error()
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     words = Tokenizer(models.WordLevel({"0": 0, "1": 1, "2": 2}, unk_token="2"))
@@ -164,6 +168,6 @@ def t5_update(
         torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return loss.item()
 
     return update

@@ -18,7 +18,8 @@ def get_config(options: str = "") -> ConfigDict:
     if options == "fast":
         tiny = {"target": "cpu_target", "draft": "cpu_draft", "batch_size": 2, "target_length": 8}
         config.distill.rounds = 2
-        for part in ("trl", "trl_small", "torch", "chunked"):
+        config.distill.parts = ("trl_small", "torch", "chunked", "teacher")
+        for part in ("trl_small", "torch", "chunked"):
             config.distill[part] = ConfigDict(tiny)
         config.distill.chunk = 3
         config.distill.vocabularies = (64, 448)
