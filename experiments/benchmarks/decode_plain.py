@@ -86,7 +86,7 @@ def ratio(key: str, above: np.ndarray, below: np.ndarray | float) -> Row:
     ratios = above / below
     return {
         key: float(np.median(ratios)),
-        f"{key}_spread": [float(ratios.min()), float(ratios.max())],
+        f"{key}_spread": [float(np.min(ratios)), float(np.max(ratios))],
     }
 
 
