@@ -32,12 +32,12 @@ class PhasedStep:
         chunk: int | None = None,
         micro_batches: int = 1,
     ) -> None:
-        parts = {"chunk": chunk, "micro_batches": micro_batches}
+        parts: dict[str, Any] = {"chunk": chunk, "micro_batches": micro_batches}
         self._rollout = jax.jit(make_rollout(draft, target, recipe, rollout_length=rollout_length))
         self._update = jax.jit(
             make_update(draft, target, recipe, optimizer, **parts), donate_argnums=0
         )
-        whole = make_distill_step(
+        whole: Any = make_distill_step(
             draft, target, recipe, optimizer, rollout_length=rollout_length, **parts
         )
         self.lower = whole.lower  # what a plan is made of

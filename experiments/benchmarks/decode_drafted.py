@@ -121,7 +121,9 @@ class _Run:
         for rule in ("block", "token"):
             counts = self._speculative(self._prompts, gamma, rule, temperature=1.0).statistics
             columns += [np.asarray(counts.emitted), np.asarray(counts.target_calls)]
-        return ratio_of_ratios(*columns).keys("block_verification_gain")
+        block_tokens, block_calls, token_tokens, token_calls = columns
+        gain = ratio_of_ratios(block_tokens, block_calls, token_tokens, token_calls)
+        return gain.keys("block_verification_gain")
 
     def _decoders(self, batch_size: int, gamma: int) -> dict[str, Callable[[np.ndarray], Any]]:
         limit = self._config.max_new_tokens
@@ -141,7 +143,10 @@ class _Run:
             output = self._speculative(inputs, gamma)
             return output.tokens, output.lengths
 
-        decoders = {"plain": plain, "speculative": speculative}
+        decoders: dict[str, Callable[[np.ndarray], Any]] = {
+            "plain": plain,
+            "speculative": speculative,
+        }
         if self._peers:
             generate, draft = self._peers["target"].generate, self._peers["draft"]
             decoders["huggingface"] = functools.partial(generate, max_new_tokens=limit)

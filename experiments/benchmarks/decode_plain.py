@@ -91,7 +91,7 @@ def ratio(key: str, above: np.ndarray, below: np.ndarray | float) -> Row:
 
 
 _start = jax.jit(start, static_argnums=(0, 3))
-_generate = jax.jit(generate, static_argnums=0, static_argnames=("sampling", "max_new_tokens"))
+_generate: Any = jax.jit(generate, static_argnums=0, static_argnames=("sampling", "max_new_tokens"))
 
 
 class _Run:
