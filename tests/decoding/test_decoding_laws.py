@@ -228,6 +228,18 @@ def test_law_in_float32_as_the_sampler_runs_it(rule):
     assert largest_error(tree, law) < 1e-6
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_the_ends_of_the_uniforms(rule):
+    """What enumeration cannot see: u = 0 accepts no token of p = 0, the last u < 1 all of p = q."""
+    p, q = jnp.array([0.5, 0, 0.5]), jnp.array([0.25, 0.5, 0.25])
+    tokens, lengths = jnp.array([[1, 0]]), jnp.array([2])
+    targets, least, most = jnp.tile(p, (1, 3, 1)), jnp.zeros((1, 2)), np.nextafter(1, 0, dtype="f4")
+    found = RULES[rule](targets, jnp.tile(q, (1, 2, 1)), tokens, lengths, least, least[:, 0])
+    assert [x.tolist() for x in found] == [[0], [0]]
+    same = RULES[rule](targets, targets[:, :2], 2 * tokens, lengths, least + most, least[:, 0])
+    assert same[0].tolist() == [2]
+
+
 def test_greedy_rule_emits_the_targets_greedy_text():
     rng = np.random.default_rng(17)
     tree = Tree(3, 2, lambda m: (np.eye(3)[rng.integers(3, size=m)], random_laws(rng, m, 3)))
