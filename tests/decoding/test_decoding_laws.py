@@ -274,6 +274,13 @@ def test_block_verification_never_accepts_less():
     assert max(gains) > 0.01
 
 
+def test_lossy_rules_raise_p_as_the_paper_says():
+    p, raised = jnp.array([0, 0.25, 0.5]), {"linear": [0, 0.5, 1], "square": [0, 1, 2]}
+    raised["exponential"] = [0, 0.5, 0.5**0.5]
+    for kind in KINDS:
+        np.testing.assert_allclose(relax(p, Lenience(kind, 0.5)), raised[kind], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("kind", "relaxed"), [("linear", False), ("square", False), ("exponential", True)]
 )
