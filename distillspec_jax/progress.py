@@ -15,12 +15,16 @@ SECONDS_BETWEEN_LINES = 5.0
 class Progress:
     """Shows how far a loop is, its rate and the time left; use it as a context manager.
 
-    On a terminal a bar of `rich`; in a log file one line every few seconds, and one at the end.
+    On a terminal a bar of `rich`; in a log file one line every few seconds, and one at the end;
+    nothing at all if `silent`, as all hosts but the first are.
     The rate counts from the second update on, so that compiling does not spoil the time left.
     """
 
-    def __init__(self, name: str, total: int, *, done: int = 0, unit: str = "step") -> None:
+    def __init__(
+        self, name: str, total: int, *, done: int = 0, unit: str = "step", silent: bool = False
+    ) -> None:
         self._name, self._total, self._unit = name, total, unit
+        self._silent = silent
         self._done = done
         self._start: tuple[float, int] | None = None
         self._last_line = time.monotonic()
@@ -29,7 +33,7 @@ class Progress:
         self._text = ""
 
     def __enter__(self) -> Progress:
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._silent:
             self._bar = rich.progress.Progress(
                 rich.progress.TextColumn("{task.description}"),
                 rich.progress.BarColumn(),
@@ -69,7 +73,7 @@ class Progress:
         if self._bar is not None:
             self._bar.console.print(line, highlight=False, markup=False)
         else:
-            print(line, file=sys.stderr, flush=True)
+            self._print(line)
 
     def _status(self) -> str:
         assert self._start is not None
@@ -83,7 +87,11 @@ class Progress:
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
         done = f"{self._done}/{self._total} {self._unit}s"
-        print(f"{self._name}: {done}  {self._status()}", file=sys.stderr, flush=True)
+        self._print(f"{self._name}: {done}  {self._status()}")
+
+    def _print(self, line: str) -> None:
+        if not self._silent:
+            print(line, file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:

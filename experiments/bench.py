@@ -24,8 +24,9 @@ from distillspec_jax.errors import UserError
 from distillspec_jax.evaluation.acceptance import TeacherForced, along_texts
 from distillspec_jax.evaluation.corpus import over_batches
 from distillspec_jax.models.config import ModelConfig
-from distillspec_jax.models.transformer import Params, Transformer
+from distillspec_jax.models.transformer import Params, Transformer, init_params
 from distillspec_jax.progress import Progress
+from distillspec_jax.sharding.layout import placed
 
 if TYPE_CHECKING:
     from experiments.evaluate import DraftConfig, EvaluateConfig
@@ -51,20 +52,39 @@ class Speaks(Protocol):
     def vocabulary(self) -> Vocabulary: ...
 
 
-def load(path: str, task: Speaks, *, seed: int = 0) -> Loaded:
-    """Loads a model; `seed` is of a preset's fresh parameters.
+Shardings = Callable[[ModelConfig], Any]  # of a model's parameters, as zoo.load takes it
+
+
+def load(path: str, task: Speaks, *, seed: int = 0, shardings: Shardings | None = None) -> Loaded:
+    """Loads a model onto its devices; `seed` is of a preset's fresh parameters.
 
     Raises UserError if it does not speak the task's vocabulary.
     """
     names = (f"model '{path}'", "the task")
     check_same(zoo.describe(path), task.vocabulary.describe(), names)
-    model, params = zoo.load(path, seed=seed)
+    model, params = zoo.load(path, seed=seed, shardings=shardings)
+    _check_pieces(path, model, task)
+    return Loaded(path, model, params)
+
+
+def outline(
+    path: str, task: Speaks, *, seed: int = 0, shardings: Shardings | None = None
+) -> Loaded:
+    """What `load` would load, with shapes and shardings in place of arrays."""
+    model, _ = _outline(path)
+    _check_pieces(path, model, task)
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(seed)))
+    if shardings is not None:
+        shapes = placed(shapes, shardings(model.config))
+    return Loaded(path, model, shapes)
+
+
+def _check_pieces(path: str, model: Transformer, task: Speaks) -> None:
     if model.config.num_pieces < task.vocabulary.size:
         raise UserError(
             f"model '{path}' has {model.config.num_pieces} pieces, the vocabulary of the task has "
             f"{task.vocabulary.size}; take a model of that vocabulary"
         )
-    return Loaded(path, model, params)
 
 
 def check_meeting(target: str, *drafts: str) -> None:

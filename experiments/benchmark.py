@@ -17,13 +17,13 @@ import jax
 
 from distillspec_jax.errors import UserError, unknown_name
 from experiments import door
-from experiments.benchmarks import decode, distill
+from experiments.benchmarks import decode, distill, loop, scaling
 from experiments.workdir import SUMMARY, Workdir, write_json_lines
 
 METRICS = "metrics.jsonl"
 
 # each has a dataclass Config and measure(config, seed) -> (summary, records)
-BENCHMARKS = {"decode": decode, "distill": distill}
+BENCHMARKS = {"decode": decode, "distill": distill, "loop": loop, "scaling": scaling}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,8 @@ class BenchmarkConfig:
     seed: int = 0  # of weights, prompts and the order of runs
     decode: decode.Config = dataclasses.field(default_factory=decode.Config)
     distill: distill.Config = dataclasses.field(default_factory=distill.Config)
+    loop: loop.Config = dataclasses.field(default_factory=loop.Config)
+    scaling: scaling.Config = dataclasses.field(default_factory=scaling.Config)
 
     def __post_init__(self) -> None:
         if self.benchmark not in BENCHMARKS:

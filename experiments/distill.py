@@ -15,17 +15,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import jax
+
+from distillspec_jax import zoo
 from distillspec_jax.data.tasks import Task, load_task
 from distillspec_jax.distill import recipes
 from distillspec_jax.distill.step import make_distill_step
 from distillspec_jax.errors import UserError
+from distillspec_jax.models.config import ModelConfig
+from distillspec_jax.models.fingerprint import fingerprint
+from distillspec_jax.sharding.layout import Layout
 from distillspec_jax.training.loop import Figures, Hooks, LoopConfig, train
 from distillspec_jax.training.optimizers import make_optimizer, make_schedule
 from distillspec_jax.training.state import TrainState
-from experiments import door, parts
+from experiments import door, parts, planning
 from experiments.bench import Loaded, check_meeting, load
+from experiments.phases import PhasedStep
 from experiments.watching import MEAN, DecoderConfig, make_decoding
 
 LOW_EOS_RATE = 0.5  # below it most samples are cut by the limit, and little is learnt of the end
@@ -63,34 +69,90 @@ class DistillConfig(parts.TrainingConfig):
     recipe: RecipeConfig = dataclasses.field(default_factory=RecipeConfig)
     reference: str = ""  # a frozen draft, for recipes that select tokens
     rollout_length: int = 0  # limit of samples; 0: the task's target length
+    target_layout: str = "sharded"  # over config.mesh, or "replicated"
+    draft_layout: str = "replicated"
     loss_chunk: int = 0  # positions that have logits at a time; 0: all
+    time_phases: bool = False  # log rollout_seconds and update_seconds; costs a little speed
     decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
     loop: LoopConfig = dataclasses.field(default_factory=lambda: LoopConfig(best_metric=MEAN))
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("rollout_length", "loss_chunk"):
+            if getattr(self, field) < 0:
+                raise UserError(f"config.{field} is {getattr(self, field)}, must be at least 0")
+
 
 def main(config: DistillConfig, workdir: Path) -> int | None:
+    layout = parts.open_layout(config)
+    with jax.set_mesh(layout.mesh):
+        return _main(config, workdir, layout)
+
+
+def prepare(
+    config: DistillConfig, task: Task, layout: Layout, load: parts.Load = load
+) -> parts.Prepared:
+    """Models, the draft's state and the compiled step; only shapes if `load` gives no more."""
+    check_meeting(config.target, config.draft)
+    recipe, places = config.recipe.resolve(), layout.params(config.draft_layout)
+    target = load(config.target, task, shardings=layout.params(config.target_layout))
+    draft = load(config.draft, task, seed=config.seed, shardings=places)
+    reference = _reference(config, recipe, draft)
+    frozen = [target.params]
+    if reference:
+        frozen.append(load(reference, task, shardings=places).params)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    make_step = PhasedStep if config.time_phases else make_distill_step
+    state = parts.new_state(config, layout, draft, optimizer)
+    step = make_step(
+        draft.model,
+        target.model,
+        recipe,
+        optimizer,
+        rollout_length=config.rollout_length or task.target_length,
+        chunk=config.loss_chunk or None,
+        micro_batches=config.micro_batches,
+        state_shardings=parts.places(state),
+    )
+    models = {"draft": draft, "target": target}
+    return parts.Prepared(f"distill ({recipe.name})", models, state, step, *frozen)
+
+
+def _reference(config: DistillConfig, recipe: recipes.Recipe, draft: Loaded) -> str:
+    """The frozen draft that a recipe asks for, checked before it is read; "" if it does not."""
+    if not recipe.needs_reference:
+        return ""
+    if not config.reference:
+        raise UserError(f"recipe '{recipe.name}' needs config.reference, a frozen draft")
+    theirs = ModelConfig(**zoo.describe(config.reference)["model"])
+    if dataclasses.replace(theirs, name="") != dataclasses.replace(draft.model.config, name=""):
+        raise UserError(
+            f"config.reference '{config.reference}' must have the shape of the draft "
+            f"'{config.draft}'"
+        )
+    return config.reference
+
+
+def _main(config: DistillConfig, workdir: Path, layout: Layout) -> int | None:
     task, recipe = load_task(config.task), config.recipe.resolve()
     if recipe.lambda1 > 0:
         parts.check_references(task, config)
-    check_meeting(config.target, config.draft)
-    target, draft = load(config.target, task), load(config.draft, task, seed=config.seed)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    state = TrainState.create(
-        draft.params, optimizer, seed=config.seed, average_decay=config.average_decay
-    )
-    step = _make_step(config, task, recipe, optimizer, target, draft)
-    batches = parts.train_batches(task, config)
+    prepared = prepare(config, task, layout)
+    target, draft = prepared.models["target"], prepared.models["draft"]
+    if config.task.teacher_data:
+        task.check_teacher(fingerprint(target.model, target.params))
+    batches = parts.train_batches(task, config, layout)
     hooks = Hooks(
-        evaluate=_make_evaluate(config, task, target, draft),
+        evaluate=_make_evaluate(config, task, target, draft, layout),
         learning_rate=make_schedule(config.optimizer, config.steps),
         notice=_notice,
+        place=parts.make_place(config, layout),
     )
     with parts.open_run(workdir, "distill", config, task, draft) as run:
-        models = {"draft": draft, "target": target}
-        parts.announce(f"distill ({recipe.name})", config, task, state, models)
+        parts.announce(prepared, config, task, layout)
         result = train(
-            step,
-            state,
+            prepared.call,
+            prepared.state,
             batches,
             config.loop,
             steps=config.steps,
@@ -103,48 +165,19 @@ def main(config: DistillConfig, workdir: Path) -> int | None:
         return run.finish(result, seed=config.seed, figures=figures)
 
 
-def _make_step(
-    config: DistillConfig,
-    task: Task,
-    recipe: recipes.Recipe,
-    optimizer: Any,
-    target: Loaded,
-    draft: Loaded,
-) -> Callable[[TrainState, Any], Any]:
-    """The step with everything frozen already inside: `(state, batch) -> (state, metrics)`."""
-    frozen = [target.params]
-    if recipe.needs_reference:
-        if not config.reference:
-            raise UserError(f"recipe '{recipe.name}' needs config.reference, a frozen draft")
-        reference = load(config.reference, task)
-        if dataclasses.replace(reference.model.config, name="") != dataclasses.replace(
-            draft.model.config, name=""
-        ):
-            raise UserError(
-                f"config.reference '{config.reference}' must have the shape of the draft "
-                f"'{config.draft}'"
-            )
-        frozen.append(reference.params)
-    step = make_distill_step(
-        draft.model,
-        target.model,
-        recipe,
-        optimizer,
-        rollout_length=config.rollout_length or task.target_length,
-        chunk=config.loss_chunk or None,
-        micro_batches=config.micro_batches,
-    )
-    before, *after = frozen
-    return lambda state, batch: step(state, before, batch, *after)
-
-
 def _make_evaluate(
-    config: DistillConfig, task: Task, target: Loaded, draft: Loaded
+    config: DistillConfig, task: Task, target: Loaded, draft: Loaded, layout: Layout
 ) -> Callable[[TrainState], Figures]:
     decoder = config.decoder
-    prompts = parts.validation_batches(task, config, decoder.num_prompts, decoder.batch_size)
+    size = layout.round_up(decoder.batch_size)
     watch = make_decoding(
-        target, draft.model, prompts, decoder, max_new_tokens=task.target_length, seed=config.seed
+        target,
+        draft.model,
+        parts.validation_batches(task, config, decoder.num_prompts, size),
+        decoder,
+        max_new_tokens=task.target_length,
+        seed=config.seed,
+        place=layout.place,
     )
     return lambda state: watch(state.best_params)
 
@@ -160,4 +193,4 @@ def _notice(figures: Figures) -> str | None:
 
 
 if __name__ == "__main__":
-    door.run(main, DistillConfig)
+    door.run(main, DistillConfig, plan=planning.planner(prepare), on_hosts=True)

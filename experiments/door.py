@@ -12,6 +12,7 @@ import importlib.util
 import os
 import re
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
+from distillspec_jax import hosts
 from distillspec_jax.errors import UserError, unknown_name
 
 C = TypeVar("C")
@@ -32,6 +34,13 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder for everything the run writes")
 
+_PLAN = flags.DEFINE_bool(
+    "plan", False, "say what each device would hold and compute, without allocating; then leave"
+)
+_MEMORY = flags.DEFINE_float(
+    "device_memory_gib", None, "memory of a device: says whether the plan fits", lower_bound=0.0
+)
+
 BAD_INPUT = 2
 STOPPED = 143  # what a shell reports for SIGTERM: the job is saved but not done
 
@@ -39,11 +48,18 @@ _ENVIRONMENT_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, err
 _UNIONS = (typing.Union, types.UnionType)
 
 
-def run(main: Callable[[Any, Path], int | None], config_class: type) -> None:
+def run(
+    main: Callable[[Any, Path], int | None],
+    config_class: type,
+    *,
+    plan: Callable[[Any, float | None], int | None] | None = None,
+    on_hosts: bool = False,
+) -> None:
     """Parses the flags into a `config_class`, calls `main(config, workdir)` and leaves.
 
     A UserError is printed as one sentence, exit code 2; a number that `main` returns is the
-    exit code. A class whose fields all have defaults needs no --config.
+    exit code. A class whose fields all have defaults needs no --config. `plan(config, GiB of a
+    device)` is what --plan calls instead. `on_hosts` says that `main` runs on several hosts.
     """
 
     def parse(argv: Sequence[str]) -> list[str]:
@@ -54,7 +70,13 @@ def run(main: Callable[[Any, Path], int | None], config_class: type) -> None:
         _enable_compilation_cache()
         absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs each save, and errors it raises
         config = _or_exit(lambda: to_dataclass(config_class, _CONFIG.value or {}, "config"))
-        sys.exit(_or_exit(lambda: main(config, Path(str(_WORKDIR.value)).absolute())))
+        if _PLAN.value:
+            sys.exit(_or_exit(lambda: _call_plan(plan, config)))
+        workdir = Path(str(_WORKDIR.value)).absolute()
+        _or_exit(lambda: _join_hosts(workdir, on_hosts))
+        if jax.distributed.is_initialized():
+            sys.exit(_among_hosts(lambda: _or_exit(lambda: main(config, workdir))))
+        sys.exit(_or_exit(lambda: main(config, workdir)))
 
     app.run(start, flags_parser=parse)
 
@@ -74,6 +96,37 @@ def run_flags(main: Callable[[], int | None]) -> None:
         sys.exit(_or_exit(main))
 
     app.run(start, flags_parser=parse)
+
+
+def _call_plan(plan: Callable[[Any, float | None], int | None] | None, config: Any) -> int | None:
+    if plan is None:
+        raise UserError("this entrypoint has no --plan; finetune and distill do")
+    return plan(config, _MEMORY.value)
+
+
+def _join_hosts(workdir: Path, on_hosts: bool) -> None:
+    if not on_hosts and os.environ.get("DISTILLSPEC_HOSTS", "1") != "1":
+        raise UserError("this entrypoint runs on one host; finetune and distill run on several")
+    hosts.initialize(workdir)
+
+
+def _among_hosts(action: Callable[[], Any]) -> Any:
+    """Does `action` in one of several processes; an error ends this one at once.
+
+    Not by sys.exit: at exit JAX waits for the others, and they wait for this one.
+    """
+    try:
+        return action()
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else 1
+    except jax.errors.JaxRuntimeError as error:
+        code = hosts.lost(error)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _or_exit(action: Callable[[], Any]) -> Any:
@@ -99,8 +152,13 @@ def _parse_flags(argv: Sequence[str], config_class: type) -> list[str]:
     )
     if needs_config and not _CONFIG.value:
         raise UserError("--config=FILE.py is missing; see --help")
-    if not _WORKDIR.value:
+    if not _WORKDIR.value and not _PLAN.value:
         raise UserError("--workdir=FOLDER is missing; see --help")
+    if "://" in str(_WORKDIR.value):
+        raise UserError(
+            f"--workdir={_WORKDIR.value} is an address, must be a folder: mount the bucket on all "
+            "hosts (gcsfuse, or the CSI driver of GKE) and name its folder"
+        )
     if len(rest) > 1:
         raise UserError(f"'{rest[1]}' is not a flag; flags are --config, --config.KEY, --workdir")
     return rest

@@ -12,14 +12,17 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+
 from distillspec_jax.data.tasks import Task, load_task
 from distillspec_jax.distill.step import make_finetune_step
 from distillspec_jax.models.transformer import Transformer
+from distillspec_jax.sharding.layout import Layout
 from distillspec_jax.training.loop import Hooks, LoopConfig, train
 from distillspec_jax.training.optimizers import make_optimizer, make_schedule
 from distillspec_jax.training.state import TrainState
 from distillspec_jax.training.validation import make_likelihood
-from experiments import door, parts
+from experiments import door, parts, planning
 from experiments.bench import load
 from experiments.watching import make_quality
 
@@ -31,6 +34,7 @@ class FinetuneConfig(parts.TrainingConfig):
     model: str  # preset to start fresh, or a name or path to start from (zoo.load)
     dropout: bool = False  # at the rate of the model's config
     reduction: str = "token"  # mean over tokens, or "sequence": over sequences of token means
+    model_layout: str = "sharded"  # over config.mesh, or "replicated"
     decode_prompts: int = 0  # validation prompts to answer greedily, scored by the task's metric
     loop: LoopConfig = dataclasses.field(
         default_factory=lambda: LoopConfig(best_metric="loss", best_mode="min")
@@ -38,31 +42,46 @@ class FinetuneConfig(parts.TrainingConfig):
 
 
 def main(config: FinetuneConfig, workdir: Path) -> int | None:
-    task = load_task(config.task)
-    parts.check_references(task, config)
-    loaded = load(config.model, task, seed=config.seed)
-    model = loaded.model
+    layout = parts.open_layout(config)
+    with jax.set_mesh(layout.mesh):
+        return _main(config, workdir, layout)
+
+
+def prepare(
+    config: FinetuneConfig, task: Task, layout: Layout, load: parts.Load = load
+) -> parts.Prepared:
+    """The model, its state and the compiled step; only shapes if `load` gives no more."""
+    places = layout.params(config.model_layout)
+    loaded = load(config.model, task, seed=config.seed, shardings=places)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    state = TrainState.create(
-        loaded.params, optimizer, seed=config.seed, average_decay=config.average_decay
-    )
+    state = parts.new_state(config, layout, loaded, optimizer)
     step = make_finetune_step(
-        model,
+        loaded.model,
         optimizer,
         dropout=config.dropout,
         reduction=config.reduction,
         micro_batches=config.micro_batches,
+        state_shardings=parts.places(state),
     )
-    batches = parts.train_batches(task, config)
+    return parts.Prepared("finetune", {"model": loaded}, state, step)
+
+
+def _main(config: FinetuneConfig, workdir: Path, layout: Layout) -> int | None:
+    task = load_task(config.task)
+    parts.check_references(task, config)
+    prepared = prepare(config, task, layout)
+    loaded = prepared.models["model"]
+    batches = parts.train_batches(task, config, layout)
     hooks = Hooks(
-        evaluate=_make_evaluate(config, model, task),
+        evaluate=_make_evaluate(config, loaded.model, task, layout),
         learning_rate=make_schedule(config.optimizer, config.steps),
+        place=parts.make_place(config, layout),
     )
     with parts.open_run(workdir, "finetune", config, task, loaded) as run:
-        parts.announce("finetune", config, task, state, {"model": loaded})
+        parts.announce(prepared, config, task, layout)
         result = train(
-            step,
-            state,
+            prepared.call,
+            prepared.state,
             batches,
             config.loop,
             steps=config.steps,
@@ -75,14 +94,14 @@ def main(config: FinetuneConfig, workdir: Path) -> int | None:
 
 
 def _make_evaluate(
-    config: FinetuneConfig, model: Transformer, task: Task
+    config: FinetuneConfig, model: Transformer, task: Task, layout: Layout
 ) -> Callable[[TrainState], dict[str, float]]:
-    size = config.batch_size
+    size = layout.round_up(config.batch_size)
     batches = parts.validation_batches(task, config, config.validation_examples, size)
-    watches = [make_likelihood(model, batches)]
+    watches = [make_likelihood(model, [layout.place(batch) for batch in batches])]
     if config.decode_prompts:
         prompts = parts.validation_batches(task, config, config.decode_prompts, size)
-        watches.append(make_quality(model, task, prompts))
+        watches.append(make_quality(model, task, prompts, place=layout.place))
 
     def evaluate(state: TrainState) -> dict[str, float]:
         figures = [watch(state.best_params) for watch in watches]
@@ -92,4 +111,4 @@ def _make_evaluate(
 
 
 if __name__ == "__main__":
-    door.run(main, FinetuneConfig)
+    door.run(main, FinetuneConfig, plan=planning.planner(prepare), on_hosts=True)

@@ -5,26 +5,34 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
+import optax
 
+from distillspec_jax import hosts
 from distillspec_jax.data import pipeline
 from distillspec_jax.data.batch import Batch
 from distillspec_jax.data.examples import take
 from distillspec_jax.data.tasks import Task, TaskConfig
 from distillspec_jax.errors import UserError
+from distillspec_jax.sharding.layout import Layout, check_rows, device_bytes
+from distillspec_jax.sharding.mesh import AXES, MeshConfig, make_mesh
 from distillspec_jax.training.checkpoints import Checkpoints
 from distillspec_jax.training.loop import LoopConfig, Result
-from distillspec_jax.training.metrics import MetricsWriter
+from distillspec_jax.training.metrics import MetricsWriter, Writer
 from distillspec_jax.training.optimizers import OptimizerConfig
 from distillspec_jax.training.state import TrainState
 from experiments import door
-from experiments.bench import Loaded
+from experiments.bench import Loaded, Shardings
 from experiments.workdir import Workdir
 
-# What may differ when a run goes on: it changes no number of the training.
-HARMLESS = ("loop.log_every", "loop.save_every", "loop.keep_last", "loop.max_skipped")
+# What may differ when a run goes on: it changes no number of the training, but by rounding.
+HARMLESS = (
+    *(f"loop.{name}" for name in ("log_every", "save_every", "keep_last", "max_skipped")),
+    *(f"mesh.{axis}" for axis in AXES),
+    *("model_layout", "target_layout", "draft_layout"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +49,7 @@ class TrainingConfig:
     length_bucket: int = 0  # above 0: like lengths share a batch (pipeline.batches)
     micro_batches: int = 1  # parts that a batch is computed in, to save memory
     average_decay: float = 0.0  # of the moving average of weights; 0: none
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
 
@@ -57,11 +66,80 @@ class TrainingConfig:
             raise UserError(f"config.average_decay is {self.average_decay}, must be within [0, 1)")
 
 
-def train_batches(task: Task, config: TrainingConfig) -> Callable[[int], Iterator[Batch]]:
-    """Step -> the endless batches from that step on; their order is a function of (seed, step).
+class Load(Protocol):
+    """`bench.load`, or `bench.outline`: shapes alone."""
 
-    Raises UserError at once, before anything is written, if the examples are no good.
+    def __call__(
+        self, path: str, task: Task, *, seed: int = 0, shardings: Shardings | None = None
+    ) -> Loaded: ...
+
+
+class Prepared:
+    """What is trained, and how.
+
+    `models` are by role, the trained one first. A step reads the `frozen` parameters too: the
+    first before the batch, the others behind it.
     """
+
+    def __init__(
+        self, name: str, models: Mapping[str, Loaded], state: TrainState, step: Any, *frozen: Any
+    ) -> None:
+        self.name, self.models, self.state, self.step = name, models, state, step
+        self.frozen = frozen
+
+    def arguments(self, state: TrainState, batch: Any) -> tuple[Any, ...]:
+        """What `step` is called with."""
+        return (state, *self.frozen[:1], batch, *self.frozen[1:])
+
+    def call(self, state: TrainState, batch: Any) -> Any:
+        """`(state, batch) -> (state, metrics)`."""
+        return self.step(*self.arguments(state, batch))
+
+
+def open_layout(config: TrainingConfig) -> Layout:
+    """The mesh that the config asks for; UserError if it does not divide the batch."""
+    rows = config.batch_size // config.micro_batches
+    layout = Layout(make_mesh(config.mesh, rows=rows))
+    check_rows(layout, config.batch_size, config.micro_batches)
+    return layout
+
+
+def new_state(
+    config: TrainingConfig,
+    layout: Layout,
+    trained: Loaded,
+    optimizer: optax.GradientTransformation,
+) -> TrainState:
+    """The state before the first step, born on its devices; takes over the parameters."""
+
+    def make(params: Any) -> TrainState:
+        return TrainState.create(
+            params, optimizer, seed=config.seed, average_decay=config.average_decay
+        )
+
+    return layout.born(make, trained.params)
+
+
+def places(state: TrainState) -> Any:
+    """Where each leaf of a state, or of its shapes, lies."""
+    return jax.tree.map(lambda leaf: leaf.sharding, state)
+
+
+def make_place(config: TrainingConfig, layout: Layout) -> Callable[[Batch], Batch]:
+    """This host's rows of a training batch -> the batch of all hosts, on the devices."""
+    share = layout.share(config.batch_size)
+    return lambda batch: layout.place(batch, share)
+
+
+def train_batches(
+    task: Task, config: TrainingConfig, layout: Layout
+) -> Callable[[int], Iterator[Batch]]:
+    """Step -> this host's rows of the endless batches from that step on.
+
+    Their order is a function of (seed, step). Raises UserError at once, before anything is
+    written, if the examples are no good.
+    """
+    index, count = layout.share(config.batch_size)
 
     def from_step(step: int) -> Iterator[Batch]:
         return task.batches(
@@ -70,6 +148,8 @@ def train_batches(task: Task, config: TrainingConfig) -> Callable[[int], Iterato
             seed=config.seed,
             start_step=step,
             bucket=config.length_bucket,
+            process_index=index,
+            process_count=count,
         )
 
     first = from_step(0)
@@ -107,10 +187,12 @@ def check_references(task: Task, config: TrainingConfig) -> None:
 class Run:
     """An opened workdir with its checkpoints; a context manager."""
 
-    workdir: Workdir
+    workdir: Workdir | None  # of the first host alone
     checkpoints: Checkpoints
 
-    def writer_of(self, resumed_step: int) -> MetricsWriter:
+    def writer_of(self, resumed_step: int) -> Writer:
+        if self.workdir is None:
+            return Writer()
         return MetricsWriter(self.workdir.path, resumed_step=resumed_step)
 
     def __enter__(self) -> Run:
@@ -118,12 +200,16 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         self.checkpoints.close()
-        self.workdir.close()
+        if self.workdir is not None:
+            self.workdir.close()
 
     def finish(self, result: Result, *, seed: int, figures: Mapping[str, Any]) -> int | None:
         """Writes the summary with some more `figures`, says the headline, returns the exit code."""
         step, memory = int(result.state.step), result.memory
-        if result.ended == "signal":
+        stopped = result.ended == "signal"
+        if self.workdir is None:
+            return door.STOPPED if stopped else None
+        if stopped:
             print(f"stopped at step {step}, all saved; the same command goes on from there")
             return door.STOPPED
         headline = memory.best_evaluation or memory.evaluation
@@ -153,13 +239,13 @@ def _before(key: str) -> str:
 def open_run(
     workdir: Path, experiment: str, config: TrainingConfig, task: Task, trained: Loaded
 ) -> Run:
-    """Opens the workdir of a training run.
+    """Opens the workdir of a training run; on several hosts the first one does it for all.
 
     Going on, `steps` may be another number unless the learning rate depends on it: then the steps
     already taken would not be those of the longer run.
     """
     may_change = HARMLESS if config.optimizer.depends_on_steps else (*HARMLESS, "steps")
-    opened = Workdir(workdir, experiment, config, may_change=may_change)
+    opened = hosts.on_first(lambda: Workdir(workdir, experiment, config, may_change=may_change))
     description = {
         "model": dataclasses.asdict(trained.model.config),
         "vocabulary_fingerprint": task.vocabulary.fingerprint,
@@ -170,28 +256,24 @@ def open_run(
     return Run(opened, Checkpoints(workdir, description, keep_last=config.loop.keep_last))
 
 
-def announce(
-    name: str, config: TrainingConfig, task: Task, state: TrainState, models: Mapping[str, Loaded]
-) -> None:
-    """Says what is about to happen: models, parameters, devices, data, memory.
-
-    `models` are by role, the trained one first.
-    """
-    print(f"{name}: {config.steps:,} steps, seed {config.seed}")
-    for role, loaded in models.items():
+def announce(prepared: Prepared, config: TrainingConfig, task: Task, layout: Layout) -> None:
+    """Says what is about to happen: models, parameters, mesh, data, memory."""
+    if not hosts.is_first():
+        return
+    print(f"{prepared.name}: {config.steps:,} steps, seed {config.seed}")
+    for role, loaded in prepared.models.items():
         dtype = loaded.model.config.dtype
         print(f"  {role}: {loaded.path}, {loaded.num_parameters:,} parameters, {dtype}")
-    devices = jax.devices()
-    print(f"  devices: {len(devices)} x {devices[0].device_kind}")
+    print(f"  devices: {layout.describe()}")
     print(
         f"  data: {task.name}, {len(task.examples(config.train_split)):,} training examples, batch "
         f"{config.batch_size}, up to {task.input_length} + {task.target_length} tokens, vocabulary "
         f"of {task.vocabulary.size}"
     )
-    _, *frozen = (loaded.params for loaded in models.values())
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves((state, state.params, frozen)))
+    state = prepared.state
+    held = device_bytes((state, state.params, prepared.frozen))
     print(
-        f"  memory: {held / 2**20:,.0f} MiB of weights, optimiser state and gradients, without "
-        "activations",
+        f"  memory: {held / 2**20:,.0f} MiB a device of weights, optimiser state and gradients, "
+        "without activations",
         flush=True,
     )

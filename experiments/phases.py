@@ -10,7 +10,12 @@ import jax.numpy as jnp
 import optax
 
 from distillspec_jax.distill.recipes import Recipe
-from distillspec_jax.distill.step import make_distill_step, make_rollout, make_update
+from distillspec_jax.distill.step import (
+    jitted,
+    make_distill_step,
+    make_rollout,
+    make_update,
+)
 from distillspec_jax.models.transformer import Transformer
 
 
@@ -31,14 +36,21 @@ class PhasedStep:
         rollout_length: int,
         chunk: int | None = None,
         micro_batches: int = 1,
+        state_shardings: Any = None,
     ) -> None:
         parts: dict[str, Any] = {"chunk": chunk, "micro_batches": micro_batches}
         self._rollout = jax.jit(make_rollout(draft, target, recipe, rollout_length=rollout_length))
-        self._update = jax.jit(
-            make_update(draft, target, recipe, optimizer, **parts), donate_argnums=0
+        self._update = jitted(
+            make_update(draft, target, recipe, optimizer, **parts), state_shardings
         )
         whole: Any = make_distill_step(
-            draft, target, recipe, optimizer, rollout_length=rollout_length, **parts
+            draft,
+            target,
+            recipe,
+            optimizer,
+            rollout_length=rollout_length,
+            state_shardings=state_shardings,
+            **parts,
         )
         self.lower = whole.lower  # what a plan is made of
 

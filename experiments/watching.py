@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from distillspec_jax import hosts
 from distillspec_jax.data.batch import Batch
 from distillspec_jax.data.tasks import Task
 from distillspec_jax.decoding.autoregressive import autoregressive_sample
@@ -22,17 +23,23 @@ from experiments.bench import Loaded
 
 MEAN = "block_efficiency_mean"  # over the temperatures: what the best draft is chosen by
 
+Place = Callable[[Batch], Batch]
 Watch = Callable[[Any], dict[str, Any]]  # params -> figures
 
 
-def make_quality(model: Transformer, task: Task, batches: Sequence[Batch]) -> Watch:
-    """Returns params -> {"quality": percent} of the model's greedy answers by the task's metric."""
+def make_quality(
+    model: Transformer, task: Task, batches: Sequence[Batch], *, place: Place = jax.device_put
+) -> Watch:
+    """Returns params -> {"quality": percent} of the model's greedy answers by the task's metric.
+
+    `place` puts a batch on the devices.
+    """
     rng = jax.random.key(0)  # greedy: never looked at
     greedy = Sampling(temperature=0.0)
     real = [batch.example_ids >= 0 for batch in batches]
 
     def texts(rows: Any, kept: Any) -> list[str]:
-        return [task.vocabulary.decode(row) for row in jax.device_get(rows)[kept].tolist()]
+        return [task.vocabulary.decode(row) for row in hosts.fetch(rows)[kept].tolist()]
 
     references = [
         text
@@ -43,14 +50,15 @@ def make_quality(model: Transformer, task: Task, batches: Sequence[Batch]) -> Wa
     def watch(params: Any) -> dict[str, float]:
         answers: list[str] = []
         for batch, kept in zip(batches, real, strict=True):
+            prompts = place(batch)
             output = autoregressive_sample(
                 model,
                 params,
-                batch.inputs,
+                prompts.inputs,
                 rng,
                 sampling=greedy,
                 max_new_tokens=task.target_length,
-                row_ids=batch.example_ids,
+                row_ids=prompts.example_ids,
             )
             answers += texts(output.tokens, kept)
         score = quality(task.metric, answers, references)
@@ -84,6 +92,7 @@ def make_counts(
     *,
     max_new_tokens: int,
     seed: int,
+    place: Place = jax.device_put,
 ) -> Callable[[Any, float], np.ndarray]:
     """Returns (draft params, temperature) -> counts [4, prompts] of speculative decoding.
 
@@ -96,20 +105,22 @@ def make_counts(
     def counts_of(params: Any, temperature: float) -> np.ndarray:
         counts = []  # per batch [4, B]
         for batch in batches:
+            prompts = place(batch)
             output = speculative_sample(
                 target.model,
                 target.params,
                 draft,
                 params,
-                batch.inputs,
+                prompts.inputs,
                 rng,
                 gamma=config.gamma,
                 max_new_tokens=max_new_tokens,
                 sampling=Sampling(temperature=temperature),
-                row_ids=batch.example_ids,
+                row_ids=prompts.example_ids,
             )
             s = output.statistics
-            counts.append(np.stack([s.emitted, s.target_calls, s.accepted, s.tested]))
+            columns = hosts.fetch((s.emitted, s.target_calls, s.accepted, s.tested))
+            counts.append(np.stack(columns))
         return np.concatenate(counts, axis=1)[:, real]
 
     return counts_of
@@ -123,13 +134,14 @@ def make_decoding(
     *,
     max_new_tokens: int,
     seed: int,
+    place: Place = jax.device_put,
 ) -> Watch:
     """Returns draft params -> tau and alpha at each temperature, by speculative decoding.
 
     Keys `block_efficiency_t0`, `acceptance_rate_t0` and so on, each with `_ci95`, and MEAN.
     """
     counts_of = make_counts(
-        target, draft, batches, config, max_new_tokens=max_new_tokens, seed=seed
+        target, draft, batches, config, max_new_tokens=max_new_tokens, seed=seed, place=place
     )
 
     def watch(params: Any) -> dict[str, Any]:

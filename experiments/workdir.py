@@ -16,6 +16,7 @@ import jax
 
 import distillspec_jax
 from distillspec_jax.errors import UserError
+from distillspec_jax.hosts import ARRIVALS
 from distillspec_jax.training.metrics import finite
 from experiments import door
 
@@ -46,7 +47,7 @@ class Workdir:
             raise UserError(f"--workdir={path} is a file, must be a folder")
         entries = path.iterdir() if path.exists() else ()
         present = {entry.name for entry in entries if not (entry / CONFIG).is_file()}
-        if present - {CONFIG, LOCK}:
+        if present - {CONFIG, LOCK, ARRIVALS}:
             _refuse_other_run(path, experiment, config, may_change)
         path.mkdir(parents=True, exist_ok=True)
         self.path = path

@@ -3,7 +3,8 @@
 #
 #   bash launch/local_hosts.sh [--dry-run] N ENTRYPOINT [flags of the entrypoint]
 #
-# Lines are marked with the number of their host. When one process fails the others are stopped.
+# Lines are marked with the number of their host. When one process fails the others are stopped; a
+# SIGTERM goes on to all, and they save and stop together.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
@@ -32,8 +33,10 @@ for ((host = 0; host < hosts; host++)); do
   fi
 done
 
+trap 'kill "${pids[@]}" 2>/dev/null || true' TERM INT
+saved=143 # how a host leaves that was told to stop: the others are still saving
 status=0
-while [ "${#pids[@]}" -gt 0 ] && [ "$status" = 0 ]; do
+while [ "${#pids[@]}" -gt 0 ] && { [ "$status" = 0 ] || [ "$status" = "$saved" ]; }; do
   running=()
   for pid in "${pids[@]}"; do
     if kill -0 "$pid" 2>/dev/null; then

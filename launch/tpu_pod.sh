@@ -2,10 +2,10 @@
 # Runs an entrypoint on every worker of a Cloud TPU slice, from the commit that is checked out.
 #
 #   bash launch/tpu_pod.sh [--dry-run] TPU_NAME ZONE ENTRYPOINT [flags of the entrypoint]
-#   bash launch/tpu_pod.sh my-v5e-64 us-west4-a distill --config=... --workdir=gs://bucket/run
+#   bash launch/tpu_pod.sh my-v5e-64 us-west4-a distill --config=... --workdir=/mnt/bucket/run
 #
-# Needs gcloud with access to the slice, and Python 3.11 or 3.12 on its workers. Run it again to
-# resume: the workdir decides whether the job is new.
+# Needs gcloud with access to the slice, and on its workers Python 3.11 or 3.12 and the workdir: one
+# folder that all see (Filestore, or a bucket mounted with gcsfuse). Run it again to resume.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

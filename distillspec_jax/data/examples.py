@@ -6,6 +6,8 @@ import abc
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, overload
 
+from distillspec_jax.errors import UserError
+
 _TAKEN_AT_ONCE = 1_000
 
 
@@ -82,11 +84,17 @@ class BuiltExamples(Examples):
     def take(self, indices: Sequence[int]) -> list[Example]:
         if not indices:
             return []
-        records = self._source.__getitems__(list(indices))  # ten times faster than one by one
-        return [
-            Example(self._prefix + record["input"].decode(), record["target"].decode())
-            for record in records
-        ]
+        try:
+            records = self._source.__getitems__(list(indices))  # ten times faster than one by one
+            return [
+                Example(self._prefix + record["input"].decode(), record["target"].decode())
+                for record in records
+            ]
+        except Exception as error:  # whatever a damaged file makes its readers raise
+            raise UserError(
+                f"the prepared data of {self._name} are damaged ({str(error)[:200]}); remove them "
+                "(below DISTILLSPEC_DATA, else ~/.cache/distillspec_jax/data): they are made anew"
+            ) from error
 
     def where(self, index: int) -> str:
         return f"example {index} of {self._name}"

@@ -33,12 +33,14 @@ def make_finetune_step(
     reduction: str = "sequence",
     chunk: int | None = None,
     micro_batches: int = 1,
+    state_shardings: Any = None,
 ) -> Callable[[Any, Any], tuple[Any, Metrics]]:
     """Returns the jitted step `(state, batch) -> (state, metrics)` of likelihood training.
 
     Loss: -(1/B) sum_b (1/|y_b|) sum_t log q(y_t | x, y_<t) over the real tokens of
     `batch.targets` [B, T]. `chunk` positions at a time have logits (losses.weighted_sum);
     gradients are summed over `micro_batches` parts of the batch, which must divide it.
+    `state_shardings`, a sharding for each leaf of the state, keeps the state in its place.
     """
 
     def step(state, batch):
@@ -46,7 +48,18 @@ def make_finetune_step(
         key = data_sources.step_key(state.seed, "dropout", state.step)
         return _update(state, batch, key, loss_sum, optimizer, micro_batches)
 
-    return jax.jit(step, donate_argnums=0)
+    return jitted(step, state_shardings)
+
+
+def jitted(step: Callable[..., Any], state_shardings: Any) -> Callable[..., Any]:
+    """`step(state, ...) -> (state, metrics)`, compiled; the new state takes the old one's memory.
+
+    Without shardings the compiler chooses where the new state lies, and may split what was whole.
+    """
+    places: dict[str, Any] = (
+        {} if state_shardings is None else {"out_shardings": (state_shardings, None)}
+    )
+    return jax.jit(step, donate_argnums=0, **places)
 
 
 def make_distill_step(
@@ -58,13 +71,14 @@ def make_distill_step(
     rollout_length: int,
     chunk: int | None = None,
     micro_batches: int = 1,
+    state_shardings: Any = None,
 ) -> Callable[..., tuple[Any, Metrics]]:
     """Returns the jitted step `(state, target_params, batch) -> (state, metrics)`.
 
     One call writes the text (data_sources), scores it with target and draft, and updates the
     draft in `state`; only its weights are differentiated. Recipes that select tokens take the
     frozen weights of a reference draft as a fourth argument. `rollout_length` bounds what is
-    written; `chunk` and `micro_batches` as in `make_finetune_step`.
+    written; `chunk`, `micro_batches` and `state_shardings` as in `make_finetune_step`.
 
     Metrics beside the loss: `acceptance_rate`, sum_v min(p_v, q_v) at temperature 1 over the
     tokens trained on; `target_length`, their number per row; `rollout_length` and `eos_rate` of
@@ -78,7 +92,7 @@ def make_distill_step(
         state, metrics = update(state, target_params, batch, reference_params)
         return state, {**metrics, **written}
 
-    return jax.jit(step, donate_argnums=0)
+    return jitted(step, state_shardings)
 
 
 def make_rollout(
@@ -269,7 +283,8 @@ def summed_gradients(
         raise UserError(f"a batch of {batch_size} does not split into {micro_batches} parts")
 
     def split(x: jax.Array) -> jax.Array:
-        return x.reshape(micro_batches, batch_size // micro_batches, *x.shape[1:])
+        # every n-th row: a mesh that splits the batch then splits each part likewise
+        return x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1)
 
     def add(total, numbered):
         index, part = numbered

@@ -28,7 +28,9 @@ from distillspec_jax.models.layers import (
     Remember,
     RMSNorm,
     SelfAttention,
+    by_rows,
     scaled_normal,
+    whole_rows,
 )
 
 Params = Any  # nested dict of arrays
@@ -62,7 +64,7 @@ class Layer(nn.Module):
         def residual(x, branch):
             return x + self.dropout(branch, deterministic=deterministic)
 
-        x = residual(x, self.self_attention(self.self_attention_norm(x), bias, remember))
+        x = residual(by_rows(x), self.self_attention(self.self_attention_norm(x), bias, remember))
         if memory is not None and source_bias is not None:
             x = residual(x, self.cross_attention(self.cross_attention_norm(x), memory, source_bias))
         return residual(x, self.mlp(self.mlp_norm(x), deterministic))
@@ -114,7 +116,7 @@ class Stack(nn.Module):
         for i, layer in enumerate(self.layers):
             block_memory = None if memory is None else memory[i]
             x = layer(x, bias, remember_in(i), block_memory, source_bias, deterministic)
-        x = self.dropout(self.final_norm(x), deterministic=deterministic)
+        x = self.dropout(self.final_norm(by_rows(x)), deterministic=deterministic)
         if cache is None:
             return x, None
         keys, values = zip(*stored, strict=True)
@@ -139,7 +141,7 @@ class Transformer(nn.Module):
         self.decoder = Stack(c, is_encoder=False)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        return self.embedding[tokens].astype(self.config.dtype)
+        return by_rows(whole_rows(self.embedding)[tokens].astype(self.config.dtype))
 
     def encode(self, inputs: jax.Array, deterministic: bool = True):
         """[B, S] -> cross keys and values per layer, and the source's bias [B, 1, 1, S]."""

@@ -1,21 +1,22 @@
 """The mesh of devices: three axes, of which any may be 1.
 
-    data    rows of the batch; parameters are copies
-    fsdp    rows of the batch, and parameters split along the model size D
-    tensor  parameters and activations split along heads, MLP width and vocabulary
+data    rows of the batch; parameters are copies
+fsdp    rows of the batch, and parameters split along the model size D
+tensor  parameters and activations split along heads, MLP width and vocabulary
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from distillspec_jax.errors import UserError
 from distillspec_jax.models.config import ModelConfig
+from distillspec_jax.models.layers import ROW_AXES
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -29,22 +30,42 @@ class MeshConfig:
     tensor: int = 1
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    config: MeshConfig, devices: Sequence[jax.Device] | None = None, *, rows: int = 0
+) -> Mesh:
     """The mesh of all devices (or of those given), shaped by `config`.
 
-    Raises UserError if the sizes do not multiply to the number of devices.
+    An axis of -1 takes the devices that the others leave; given `rows`, only as many as divide
+    them, if it is an axis that splits rows. One process may leave devices idle, several may not.
+
+    Raises UserError if the sizes ask for more devices than there are, or make no sense.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.tensor]
+    sizes = _sizes(config, len(devices), rows)
+    asked, count = _shape([config.data, config.fsdp, config.tensor]), math.prod(sizes)
+    if count > len(devices):
+        raise UserError(f"mesh {asked} needs {count} devices, there are {len(devices)}")
+    if count < len(devices) and jax.process_count() > 1:
+        raise UserError(
+            f"mesh {asked} takes {count} of the {len(devices)} devices of {jax.process_count()} "
+            "hosts: on several hosts the product must be the number of devices"
+        )
+    axis_types = (AxisType.Auto,) * len(AXES)  # jit places what is between inputs and outputs
+    return jax.make_mesh(sizes, AXES, axis_types, devices=devices[:count])
+
+
+def _sizes(config: MeshConfig, count: int, rows: int) -> tuple[int, ...]:
+    sizes = dataclasses.astuple(config)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(f"mesh {_shape(sizes)}: sizes must be positive, -1 at most once")
-    if -1 in sizes:
-        known = -int(np.prod(sizes))
-        sizes[sizes.index(-1)] = len(devices) // known
-    if np.prod(sizes) != len(devices):
-        asked = _shape([config.data, config.fsdp, config.tensor])
-        raise UserError(f"mesh {asked} does not fit {len(devices)} devices: the product must match")
-    return Mesh(np.asarray(devices).reshape(sizes), AXES)
+    if -1 not in sizes:
+        return sizes
+    free = sizes.index(-1)
+    size = max(1, count // -math.prod(sizes))
+    if rows and AXES[free] in ROW_AXES:
+        others = math.prod(size for axis, size in zip(AXES, sizes, strict=True) if axis in ROW_AXES)
+        size = max((n for n in range(1, size + 1) if rows % (n * -others) == 0), default=size)
+    return (*sizes[:free], size, *sizes[free + 1 :])
 
 
 def check_divides(config: ModelConfig, mesh: Mesh) -> None:

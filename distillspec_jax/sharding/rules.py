@@ -17,6 +17,7 @@ import jax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from distillspec_jax.models.layers import ROW_AXES
 from distillspec_jax.models.transformer import Params, Transformer, init_boxed
 
 RULES: Mapping[str, str | None] = {
@@ -27,7 +28,7 @@ RULES: Mapping[str, str | None] = {
     "head_dim": None,
 }
 REPLICATED: Mapping[str, str | None] = dict.fromkeys(RULES)  # a small draft beside a large target
-BATCH = PartitionSpec(("data", "fsdp"))
+BATCH = PartitionSpec(ROW_AXES)
 
 
 def partition_specs(model: Transformer, rules: Mapping[str, str | None] = RULES) -> Params:
@@ -57,22 +58,29 @@ def like_params(tree: Any, params_shardings: Params, mesh: Mesh) -> Any:
 
     A leaf whose path ends in the path of a parameter, and has as many axes, is split as that
     parameter is (moments of AdamW, averages); every other leaf (counters, the factored moments
-    of Adafactor) is replicated.
+    of Adafactor, some of which stand at the path of a parameter with a single number) is
+    replicated.
     """
     by_path = {
-        path: sharding
-        for path, sharding in jax.tree_util.tree_leaves_with_path(params_shardings)
+        path: sharding for path, sharding in jax.tree_util.tree_leaves_with_path(params_shardings)
     }
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def find(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         for start in range(len(path)):
             sharding = by_path.get(path[start:])
-            if sharding is not None and len(sharding.spec) == leaf.ndim:
+            if sharding is not None and _divides(sharding, leaf.shape):
                 return sharding
         return replicated
 
     return jax.tree_util.tree_map_with_path(find, tree)
+
+
+def _divides(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
+    if len(sharding.spec) != len(shape):
+        return False
+    parts = (1 if axis is None else sharding.mesh.shape[axis] for axis in sharding.spec)
+    return all(size % n == 0 for size, n in zip(shape, parts, strict=True))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

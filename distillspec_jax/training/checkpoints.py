@@ -20,6 +20,7 @@ the largest step if none does (`chosen_step`).
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import logging
@@ -37,6 +38,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 import distillspec_jax
+from distillspec_jax import hosts
 from distillspec_jax.errors import UserError
 from distillspec_jax.training.state import TrainState
 
@@ -98,17 +100,20 @@ class Checkpoints:
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
+            restored, reason = None, "another host could not read it"
             try:
-                restored, memory = self._restore_step(step, state)
+                restored = self._restore_step(step, state)
             except UserError:
                 raise
             except Exception as error:  # whatever a damaged file makes Orbax raise
                 reason = _first_line(error)
-            else:
-                self._best.step = memory.get("best_step", -1)
-                return restored, memory
+            if hosts.all_true(restored is not None):
+                assert restored is not None
+                self._best.step = restored[1].get("best_step", -1)
+                return restored
             drop_unfinished_reads()
-            self._put_aside(step, reason)
+            hosts.on_first(functools.partial(self._put_aside, step, reason))
+            self._manager.reload()
         if steps:
             raise UserError(
                 f"all checkpoints in {self._folder} are damaged (they are kept in "
@@ -205,7 +210,6 @@ class Checkpoints:
             flush=True,
         )
         shutil.move(self._folder / str(step), place)
-        self._manager.reload()
 
 
 class _KeepStep(checkpoint_managers.PreservationPolicy):

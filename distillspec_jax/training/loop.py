@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distillspec_jax import hosts
 from distillspec_jax.errors import UserError, unknown_name
 from distillspec_jax.progress import Progress
 from distillspec_jax.training.checkpoints import Checkpoints
-from distillspec_jax.training.metrics import MetricsWriter
+from distillspec_jax.training.metrics import Writer
 from distillspec_jax.training.state import TrainState
 
 TOKENS = "target_length"  # (tokens, rows): its sum over the time is the speed of training
@@ -120,7 +121,7 @@ def train(
     *,
     steps: int,
     checkpoints: Checkpoints,
-    writer_of: Callable[[int], MetricsWriter],
+    writer_of: Callable[[int], Writer],
     hooks: Hooks = NO_HOOKS,
     name: str = "train",
 ) -> Result:
@@ -148,7 +149,7 @@ def train(
     step = max(resumed, 0)
     with (
         writer_of(resumed) as writer,
-        Progress(name, steps, done=step) as progress,
+        Progress(name, steps, done=step, silent=not hosts.is_first()) as progress,
         _StopRequest() as stop,
     ):
         if resumed >= 0:
@@ -156,7 +157,7 @@ def train(
         loop = _Loop(config, memory, writer, progress, checkpoints, hooks)
         loop.between_steps(state, step, last=step >= steps)
         stream = batches(step) if step < steps else iter(())
-        while step < steps and not stop.asked and not loop.is_stale:
+        while step < steps and not stop.is_asked(step) and not loop.is_stale:
             batch = _next(stream, step)
             state, metrics = step_fn(state, hooks.place(batch))
             step += 1
@@ -184,7 +185,7 @@ class _Loop:
         self,
         config: LoopConfig,
         memory: Memory,
-        writer: MetricsWriter,
+        writer: Writer,
         progress: Progress,
         checkpoints: Checkpoints,
         hooks: Hooks,
@@ -345,14 +346,24 @@ def _pack(
 
 
 class _StopRequest:
-    """Turns the first SIGTERM or SIGINT into a wish to stop; the second one acts as always."""
+    """Turns the first SIGTERM or SIGINT into a wish to stop; the second one acts as always.
+
+    Of several hosts one may be told and the others not: there JAX listens for SIGTERM, and has
+    them all stop after the same step.
+    """
 
     def __init__(self) -> None:
         self.asked = False
+        self._alone = jax.process_count() == 1
         self._before: dict[int, Any] = {}
 
+    def is_asked(self, step: int) -> bool:
+        if not self._alone and not self.asked:
+            self.asked = hosts.asked_to_stop(step)
+        return self.asked
+
     def __enter__(self) -> _StopRequest:
-        if threading.current_thread() is threading.main_thread():
+        if self._alone and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._note)
         return self

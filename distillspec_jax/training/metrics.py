@@ -17,7 +17,23 @@ JSONL = "metrics.jsonl"
 EVENTS = "tensorboard"
 
 
-class MetricsWriter:
+class Writer:
+    """Writes nothing: what all hosts but the first have."""
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class MetricsWriter(Writer):
     """Appends records to `<workdir>/metrics.jsonl` and to event files in `<workdir>/tensorboard`.
 
     One JSON object a line: `step`, `kind` ("train" or "eval"), `wall_time` (seconds since 1970)
@@ -33,12 +49,6 @@ class MetricsWriter:
         self._events = tensorboardX.SummaryWriter(
             str(workdir / EVENTS), purge_step=resumed_step + 1
         )
-
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         record: dict[str, Any] = {"step": step, "kind": kind, "wall_time": time.time()}

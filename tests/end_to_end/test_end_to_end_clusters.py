@@ -14,7 +14,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = json.loads((ROOT / "tests" / "golden" / "jobset_schema.json").read_text())
-FLAGS = ["--config=experiments/configs/a.py:b,c", "--workdir=gs://bucket/a run", "--config.x='y'"]
+FLAGS = ["--config=experiments/configs/a.py:b,c", "--workdir=/mnt/bucket/a run", "--config.x='y'"]
 
 # Stands in for Python: says what it was given, waits or fails as the flags ask for.
 FAKE = """#!/usr/bin/env bash
@@ -133,7 +133,8 @@ def test_one_failed_host_stops_the_others(venv):
 def jobset():
     text = (ROOT / "launch" / "gke_jobset.yaml").read_text()
     values = dict(NAME="distil-1", IMAGE="image", WORKERS="16", ACCELERATOR="tpu-v5-lite-podslice")
-    values |= dict(TOPOLOGY="8x8", ENTRYPOINT="distill", FLAGS="--workdir=gs://bucket/run")
+    values |= dict(TOPOLOGY="8x8", BUCKET="my-bucket", ENTRYPOINT="distill")
+    values |= dict(FLAGS="--workdir=/bucket/run")
     assert set(re.findall(r"\$\{(\w+)\}", text)) == set(values)
     return yaml.safe_load(string.Template(text).substitute(values))
 
@@ -199,7 +200,12 @@ def test_jobset_runs_one_indexed_worker_per_host_and_does_not_retry_bad_input(jo
     assert rule["onExitCodes"]["values"] == [2]
     [container] = job["template"]["spec"]["containers"]
     assert rule["onExitCodes"]["containerName"] == container["name"]
-    assert container["command"][-1].endswith("-m experiments.distill --workdir=gs://bucket/run")
+    assert container["command"][-1].endswith("-m experiments.distill --workdir=/bucket/run")
+    [volume] = job["template"]["spec"]["volumes"]
+    [mount] = container["volumeMounts"]
+    assert mount == {"name": volume["name"], "mountPath": "/bucket"}
+    assert volume["csi"]["volumeAttributes"] == {"bucketName": "my-bucket"}
+    assert job["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
     checked = subprocess.run(["bash", "-n"], input=container["command"][-1], text=True)
     assert checked.returncode == 0
 

@@ -41,9 +41,9 @@ def forget_flags():
         if name.startswith("config."):
             delattr(flags.FLAGS, name)
     flags.FLAGS.unparse_flags()
-    for name in ("config", "workdir"):
+    for name in ("config", "workdir", "plan", "device_memory_gib"):
         flags.FLAGS[name].unparse()
-        flags.FLAGS[name].value = None
+        flags.FLAGS[name].value = flags.FLAGS[name].default
 
 
 @pytest.fixture(scope="session")
@@ -94,6 +94,7 @@ def config_file(tmp_path, stories, models):
             "steps": 6,
             "batch_size": 4,
             "seed": 3,
+            "mesh": {"data": 1},  # eight virtual devices take longer to compile for
             "validation_examples": 5,
             "task": {
                 "name": "jsonl",

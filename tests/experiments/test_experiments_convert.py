@@ -143,7 +143,7 @@ def test_t5_gets_its_hundred_sentinels(shared_data):
         (from_to("cpu_draft", "x", dtype="int8"), "--dtype=int8 must be"),
         (from_to("cpu_draft", "x", format="orbax", dtype="bfloat16"), "leave --dtype out"),
         (from_to("cpu_draft", "x", encoder_layers="0,a"), "--encoder_layers=0,a must be numbers"),
-        (from_to("cpu_draft", "x", decoder_layers="3"), "must be rising numbers within 0 and 0"),
+        (from_to("cpu_draft", "x", decoder_layers="3"), "must be numbers in order within 0 and 0"),
         (from_to("cpu_draft", "x", tokenizer="nowhere"), "nowhere"),
         (from_to("lm1b_33m", "x"), "decoder-only"),
     ],

@@ -12,7 +12,8 @@ from distillspec_jax.data.written import WrittenTexts
 from distillspec_jax.decoding.autoregressive import autoregressive_sample
 from distillspec_jax.errors import UserError
 from distillspec_jax.models.fingerprint import fingerprint
-from experiments import generate
+from experiments import distill, generate
+from experiments.distill import DistillConfig
 from experiments.generate import GenerateConfig
 
 LIMIT, SEED = 11, 4
@@ -129,6 +130,21 @@ def test_other_makers_are_refused(run, tmp_path, models, task_fields):
     (tmp_path / "texts" / "texts-00000-of-00005.array_record").write_bytes(b"no records")
     with pytest.raises(UserError, match="is no file of texts, or broken"):
         WrittenTexts(tmp_path / "texts")
+
+
+def test_distill_refuses_texts_of_another_target(run, enter, config_file, tmp_path):
+    assert run(target="draft")[0] is None
+    path = config_file(
+        "distill",
+        recipe={"name": "sft"},
+        train_split="teacher",
+        task__teacher_data=str(tmp_path / "texts"),
+    )
+    workdir = tmp_path / "distilled"
+    code, _, err = enter(distill.main, DistillConfig, f"--config={path}", f"--workdir={workdir}")
+    assert code == 2
+    assert "were made with another target" in err
+    assert not workdir.exists()
 
 
 def test_other_weights_behind_the_same_path_are_refused(run, tmp_path, models, monkeypatch):

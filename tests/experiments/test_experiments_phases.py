@@ -33,5 +33,5 @@ def test_phases_add_up_and_change_nothing(models):
         assert all(total > 0 and count == 1 for total, count in clock)
         assert sum(total for total, _ in clock) <= passed
         assert metrics.keys() == expected.keys()
-        assert metrics["loss"][0] == pytest.approx(expected["loss"][0], rel=1e-5)
+        assert metrics["loss"][0] == pytest.approx(float(expected["loss"][0]), rel=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one.params, two.params)

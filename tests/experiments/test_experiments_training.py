@@ -79,8 +79,8 @@ def stop_after(batches, monkeypatch):
     """SIGTERM reaches the run while it draws the batch after so many."""
     real = parts.train_batches
 
-    def train_batches(task, config):
-        from_step = real(task, config)
+    def train_batches(*arguments):
+        from_step = real(*arguments)
 
         def stopping(step):
             for number, batch in enumerate(from_step(step)):

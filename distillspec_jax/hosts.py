@@ -1,0 +1,159 @@
+"""Several processes as one job: how they find each other, and what only the first one does.
+
+The engine is `jax.distributed`; it also ends the others when one dies, and names it. What it does
+not say is who was missing at the start, so every host leaves a file in the job's folder before it
+waits for the others.
+
+    DISTILLSPEC_HOSTS          number of processes, or `auto` where JAX detects the cluster itself
+                               (Slurm, TPU pods, GKE); unset: this process alone
+    DISTILLSPEC_HOST           number of this process, where DISTILLSPEC_HOSTS is a number
+    JAX_COORDINATOR_ADDRESS    host:port of process 0, where DISTILLSPEC_HOSTS is a number
+    DISTILLSPEC_HOSTS_TIMEOUT  seconds to wait for a host, at the start or if it falls silent
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from distillspec_jax.errors import UserError
+
+LOST = 75  # exit code: another host is missing or died; the job may be started again
+ARRIVALS = ".hosts"  # in the job's folder: one file per host that came
+_SPOKEN_BEFORE = 30.0  # seconds that this module's time limit is ahead of the engine's own
+_ERROR_BYTES = 2_000
+
+
+def initialize(folder: Path, environment: Mapping[str, str] = os.environ) -> None:
+    """Joins the processes that the environment speaks of; nothing to do for one alone.
+
+    Ends the process with exit code LOST and a message that names the hosts that are missing, if
+    they are not all there in time. Raises UserError for an environment that makes no sense.
+    """
+    count = environment.get("DISTILLSPEC_HOSTS", "")
+    if not count:
+        return
+    limit = _number(environment, "DISTILLSPEC_HOSTS_TIMEOUT", "300", least=1)
+    arguments: dict[str, Any] = {}
+    me, expected = socket.gethostname(), None
+    if count != "auto":
+        expected = _number(environment, "DISTILLSPEC_HOSTS", "", least=1)
+        index = _number(environment, "DISTILLSPEC_HOST", "", least=0)
+        if index >= expected or "JAX_COORDINATOR_ADDRESS" not in environment:
+            raise UserError(
+                f"host {index} of {expected} needs DISTILLSPEC_HOST below DISTILLSPEC_HOSTS, and "
+                "JAX_COORDINATOR_ADDRESS (host:port of host 0)"
+            )
+        arguments = {"num_processes": expected, "process_id": index}
+        me = str(index)
+    arrivals = folder / ARRIVALS
+    arrivals.mkdir(parents=True, exist_ok=True)
+    (arrivals / me).write_text("")
+    patience = threading.Timer(limit, _give_up, [arrivals, me, expected, limit])
+    patience.daemon = True
+    patience.start()
+    jax.distributed.initialize(
+        **arguments,
+        initialization_timeout=int(limit + _SPOKEN_BEFORE),
+        heartbeat_timeout_seconds=limit,
+    )
+    patience.cancel()
+
+
+def _number(environment: Mapping[str, str], key: str, default: str, *, least: int) -> int:
+    text = environment.get(key, default)
+    if not text.isdigit() or int(text) < least:
+        raise UserError(f"{key} is {text!r}; give a number from {least}")
+    return int(text)
+
+
+def _give_up(arrivals: Path, me: str, expected: int | None, limit: float) -> None:
+    print(f"error: {_missing(arrivals, me, expected, limit)}", file=sys.stderr, flush=True)
+    os._exit(LOST)  # the engine's own wait cannot be interrupted
+
+
+def _missing(arrivals: Path, me: str, expected: int | None, limit: float) -> str:
+    """Who did not come; files of an earlier start are older than the wait for this one.
+
+    Ages are differences between times of one file server: no two clocks are compared.
+    """
+    newest = (arrivals / me).stat().st_mtime
+    here = {p.name for p in arrivals.iterdir() if p.stat().st_mtime > newest - 2 * limit}
+    if expected is None:
+        who = f"only {', '.join(sorted(here))} came"
+    else:
+        absent = [str(host) for host in range(expected) if str(host) not in here]
+        names = f"host{'s' * (len(absent) > 1)} {', '.join(absent)}" if absent else "not all"
+        who = f"{names} of {expected} did not come"
+    return f"{who} within {limit:g} seconds; look at their logs, and start all again"
+
+
+def lost(error: BaseException, environment: Mapping[str, str] = os.environ) -> int:
+    """Says why a collective failed, and lets the engine name the host that died: it ends this
+    process when the heartbeat is missed. Returns LOST if it does not.
+    """
+    print(f"error: the hosts lost each other: {str(error)[:500]}", file=sys.stderr, flush=True)
+    time.sleep(_number(environment, "DISTILLSPEC_HOSTS_TIMEOUT", "300", least=1) + 10)
+    return LOST
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes files and talks."""
+    return jax.process_index() == 0
+
+
+def on_first(action: Callable[[], Any]) -> Any:
+    """Does `action` in the first process alone; returns its result there, None elsewhere.
+
+    Waits for it in all processes. A UserError or OSError of it is raised in all of them, so that
+    none goes on alone.
+    """
+    if jax.process_count() == 1:
+        return action()
+    result, error = None, None
+    if is_first():
+        try:
+            result = action()
+        except (UserError, OSError) as caught:
+            error = caught
+    text = str(error or "").encode()[:_ERROR_BYTES].ljust(_ERROR_BYTES, b"\0")
+    told = multihost_utils.broadcast_one_to_all(np.frombuffer(text, np.uint8))
+    message = bytes(np.asarray(told, np.uint8)).rstrip(b"\0").decode(errors="ignore")
+    if error is not None:
+        raise error
+    if message:
+        raise UserError(message)
+    return result
+
+
+def all_true(flag: bool) -> bool:
+    """Whether the flag is true in every process; all of them must ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.all(multihost_utils.process_allgather(np.array([flag]))))
+
+
+def fetch(tree: Any) -> Any:
+    """The whole arrays on this host, wherever their rows lie."""
+
+    def whole(leaf: Any) -> np.ndarray:
+        if getattr(leaf, "is_fully_addressable", True):
+            return np.asarray(leaf)
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(whole, tree)
+
+
+def asked_to_stop(step: int) -> bool:
+    """Whether a process was told to stop (SIGTERM): true after the same step in all of them."""
+    return multihost_utils.reached_preemption_sync_point(step)

@@ -1,0 +1,215 @@
+"""What --plan says: bytes a device would hold, tokens a step, and whether that fits.
+
+Nothing is allocated: parameters are shapes with shardings, the step is compiled for a mesh of
+virtual CPU devices, and the compiler says what it needs. It is the CPU's compiler: an accelerator
+fuses more and holds bfloat16 as it is, so its temporaries are as a rule smaller.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from distillspec_jax.data.batch import Batch
+from distillspec_jax.data.tasks import Task, load_task
+from distillspec_jax.models import transformer
+from distillspec_jax.models.cache import Cache
+from distillspec_jax.sharding.layout import Layout, device_bytes, placed
+from distillspec_jax.sharding.mesh import MeshConfig
+from distillspec_jax.sharding.rules import batch_sharding
+from experiments import bench, parts
+
+TOO_LARGE = 1  # exit code of a plan that does not fit
+_GIB = 2**30
+
+# Only time is saved by these: neither changes what is allocated.
+_QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Bytes on one device.
+
+    `temporary` is what the compiler adds while the step runs: activations, gradients, gathered
+    weights and caches; `caches` is their part in it by shape, and 0 where nothing is sampled.
+    """
+
+    parameters: int
+    optimizer: int
+    frozen: int
+    batch: int
+    caches: int
+    temporary: int
+    output: int  # what the step returns in buffers of its own
+
+    @property
+    def total(self) -> int:
+        held = self.parameters + self.optimizer + self.frozen + self.batch
+        return held + self.temporary + self.output
+
+
+def planner(prepare: Callable[..., parts.Prepared]) -> Callable[[Any, float | None], int | None]:
+    """The --plan of an entrypoint: `(config, GiB of a device or None) -> exit code`."""
+
+    def plan(config: parts.TrainingConfig, memory_gib: float | None) -> int | None:
+        make_virtual_devices(config.mesh)
+        layout = parts.open_layout(config)
+        task = load_task(config.task)
+        with jax.set_mesh(layout.mesh):
+            prepared = prepare(config, task, layout, bench.outline)
+            _introduce(prepared, config, task, layout)
+            start = time.perf_counter()
+            compiled = compile_step(prepared, config, task, layout)
+            found = make_plan(prepared, config, task, layout, compiled)
+        _say(found, time.perf_counter() - start)
+        return _judge(found, config, memory_gib)
+
+    return plan
+
+
+def make_virtual_devices(mesh: MeshConfig) -> None:
+    """Gives this process as many CPU devices as a mesh without -1 has, if it has none yet."""
+    count = math.prod(dataclasses.astuple(mesh))
+    if count < 1:
+        return
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # the devices are there already
+        return
+
+
+def compile_step(
+    prepared: parts.Prepared, config: parts.TrainingConfig, task: Task, layout: Layout
+) -> jax.stages.Compiled:
+    """The training step for the longest batch of the task."""
+    rows, (input_length, target_length) = config.batch_size, _lengths(task)
+    shapes = Batch(
+        inputs=jax.ShapeDtypeStruct((rows, input_length), jnp.int32),
+        targets=jax.ShapeDtypeStruct((rows, target_length), jnp.int32),
+        example_ids=jax.ShapeDtypeStruct((rows,), jnp.int32),
+    )
+    batch = placed(shapes, jax.tree.map(lambda _: batch_sharding(layout.mesh), shapes))
+    arguments = prepared.arguments(prepared.state, batch)
+    return prepared.step.lower(*arguments).compile(compiler_options=_QUICK)
+
+
+def make_plan(
+    prepared: parts.Prepared,
+    config: parts.TrainingConfig,
+    task: Task,
+    layout: Layout,
+    compiled: jax.stages.Compiled,
+) -> Plan:
+    """The bytes of a compiled step."""
+    memory: Any = compiled.memory_analysis()
+    state = prepared.state
+    parameters = device_bytes(state.params)
+    rows = sum(_lengths(task)) + 1
+    return Plan(
+        parameters=parameters,
+        optimizer=device_bytes(state) - parameters,
+        frozen=device_bytes(prepared.frozen),
+        batch=config.batch_size * rows * 4 // layout.row_parts,
+        caches=_caches(prepared, config, task, layout),
+        temporary=memory.temp_size_in_bytes,
+        output=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    )
+
+
+def _lengths(task: Task) -> tuple[int, int]:
+    return task.input_length, task.target_length
+
+
+def _caches(
+    prepared: parts.Prepared, config: parts.TrainingConfig, task: Task, layout: Layout
+) -> int:
+    """Bytes of the largest cache of keys and values that one device may hold in a rollout."""
+    recipe = getattr(config, "recipe", None)
+    if recipe is None or recipe.resolve().lambda1 == 1:
+        return 0
+    length = getattr(config, "rollout_length", 0) or task.target_length
+    inputs = jnp.zeros((config.batch_size // layout.row_parts, task.input_length), jnp.int32)
+
+    def held(loaded: bench.Loaded) -> int:
+        def start(params: Any) -> Cache:
+            return transformer.start(loaded.model, params, inputs, length)[0]
+
+        cache = jax.eval_shape(start, loaded.params)
+        whole = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+        return whole // _head_parts(loaded, layout.mesh.shape)
+
+    return max(held(loaded) for loaded in prepared.models.values())
+
+
+def _head_parts(loaded: bench.Loaded, sizes: Mapping[str, int]) -> int:
+    """Over how many devices the heads of a model are split."""
+    kernel = loaded.params["decoder"]["layers_0"]["self_attention"]["qkv"]
+    return sizes["tensor"] if "tensor" in kernel.sharding.spec else 1
+
+
+def _introduce(
+    prepared: parts.Prepared, config: parts.TrainingConfig, task: Task, layout: Layout
+) -> None:
+    print(f"plan of {prepared.name}, nothing is allocated")
+    for role, loaded in prepared.models.items():
+        print(f"  {role}: {loaded.path}, {loaded.num_parameters:,} parameters")
+    axes = " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
+    print(f"  mesh: {layout.mesh.size} devices, {axes}")
+    inputs, targets = _lengths(task)
+    print(
+        f"  a step: {config.batch_size} rows of up to {inputs} + {targets} tokens, "
+        f"{config.batch_size * (inputs + targets):,} in all, in {config.micro_batches} parts",
+        flush=True,
+    )
+
+
+def _say(plan: Plan, seconds: float) -> None:
+    lines = {
+        "parameters": plan.parameters,
+        "optimiser and average": plan.optimizer,
+        "frozen models": plan.frozen,
+        "batch": plan.batch,
+        "while the step runs": plan.temporary + plan.output,
+    }
+    print(f"a device holds (compiled in {seconds:.0f} s):")
+    for name, size in lines.items():
+        print(f"  {name:<24}{size / _GIB:10.3f} GiB")
+    print(f"  {'all':<24}{plan.total / _GIB:10.3f} GiB")
+    if plan.caches:
+        print(f"  in the step: caches of a rollout {plan.caches / _GIB:.3f} GiB")
+
+
+def _judge(plan: Plan, config: parts.TrainingConfig, memory_gib: float | None) -> int | None:
+    if memory_gib is None:
+        return None
+    if plan.total <= memory_gib * _GIB:
+        print(f"fits: {plan.total / _GIB:.2f} of {memory_gib:g} GiB")
+        return None
+    print(f"does not fit: {plan.total / _GIB:.2f} of {memory_gib:g} GiB; {advice(plan, config)}")
+    return TOO_LARGE
+
+
+def advice(plan: Plan, config: parts.TrainingConfig) -> str:
+    """Which option shrinks the largest item of a plan."""
+    running = plan.temporary + plan.output
+    largest = max(plan.optimizer, plan.parameters, plan.frozen, running)
+    if largest == running:
+        tensor = "a larger config.mesh.tensor"
+        if getattr(config, "loss_chunk", 1) == 0:
+            return f"set config.loss_chunk (logits are large), config.micro_batches or {tensor}"
+        return f"raise config.micro_batches, or take {tensor} or more devices of config.mesh.data"
+    if largest == plan.frozen:
+        return "split the target over more devices: a larger config.mesh.fsdp or config.mesh.tensor"
+    layout = "draft_layout" if hasattr(config, "draft_layout") else "model_layout"
+    if getattr(config, layout) == "replicated":
+        return f"set config.{layout} to 'sharded'"
+    if largest == plan.optimizer and config.optimizer.name != "adafactor":
+        return "take config.optimizer.name 'adafactor', or a larger config.mesh.fsdp"
+    return "take a larger config.mesh.fsdp"

@@ -1,0 +1,244 @@
+"""Several processes as one job: the same numbers as one, and no hanging when one is missing."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distillspec_jax import hosts
+from distillspec_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+CLOCKS = ("wall_time", "seconds", "tokens_per_second", "train_seconds")
+PYTHON = f"""#!/usr/bin/env bash
+[ "$1 $2" = "-m pip" ] || exec {sys.executable} "$@"
+"""
+
+
+@pytest.fixture(scope="module")
+def venv(tmp_path_factory):
+    """An environment that is this one, and needs no installing."""
+    folder = tmp_path_factory.mktemp("venv")
+    (folder / "bin").mkdir()
+    (folder / "bin" / "python").write_text(PYTHON)
+    (folder / "bin" / "python").chmod(0o755)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment(venv, tmp_path_factory):
+    """Variables of a process with so many virtual devices."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def environment(devices, **more):
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        own = {"XLA_FLAGS": flags, "DISTILLSPEC_VENV": str(venv), "XDG_CACHE_HOME": str(cache)}
+        return {**os.environ, "JAX_PLATFORMS": "cpu", **own, **more}
+
+    return environment
+
+
+@pytest.fixture
+def start(environment, config_file, tmp_path):
+    """Starts `distill` on so many hosts of so many devices each."""
+    started = []
+
+    def start(workdir, hosts, devices, mesh, *flags, **more):
+        loop = {"log_every": 1, "evaluate_every": 0, "save_every": 3}
+        config = config_file("distill", mesh=mesh, loop=loop)
+        arguments = [f"--config={config}", f"--workdir={tmp_path / workdir}", *flags]
+        command = ["bash", "launch/local_hosts.sh", str(hosts), "distill", *arguments]
+        if hosts == 1:
+            command = [sys.executable, "-m", "experiments.distill", *arguments]
+        started.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment(devices, **more),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        )
+        return started[-1]
+
+    yield start
+    for job in started:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+        job.stdout.close()
+        job.wait()
+
+
+def finish(job, code=0):
+    out, _ = job.communicate(timeout=300)
+    assert job.returncode == code, out[-3000:]
+    return out
+
+
+def records(workdir):
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k not in CLOCKS} for record in found]
+
+
+def assert_same_numbers(left, right):
+    left, right = records(left), records(right)
+    assert [list(record) for record in left] == [list(record) for record in right]
+    for a, b in zip(left, right, strict=True):
+        for key, value in a.items():
+            if isinstance(value, str):
+                assert value == b[key]
+            else:
+                np.testing.assert_allclose(value, b[key], rtol=1e-5, err_msg=f"{key}, {a['step']}")
+
+
+PACKAGED = ("--config.target=stories-target", "--config.draft=stories-draft")
+
+
+@pytest.mark.parametrize(
+    ("count", "devices", "mesh", "flags"),
+    [
+        (2, 2, {"data": 2, "fsdp": 2}, ()),
+        # the target crosses hosts; both read all rows
+        pytest.param(2, 1, {"data": 1, "tensor": 2}, PACKAGED, marks=pytest.mark.slow),
+        pytest.param(4, 1, {"data": 2, "fsdp": 2}, (), marks=pytest.mark.slow),
+    ],
+)
+def test_several_hosts_take_the_steps_of_one(start, tmp_path, count, devices, mesh, flags):
+    several = finish(start("several", count, devices, mesh, *flags))
+    finish(start("alone", 1, 1, {}, *flags))
+    assert_same_numbers(tmp_path / "several", tmp_path / "alone")
+    assert several.count("weights of step 6") == 1  # one process talks
+    assert f"[0]   devices: {count * devices} x cpu on {count} hosts" in several
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_hosts_and_another_mesh(start, tmp_path):
+    finish(start("several", 2, 2, {"data": 1, "fsdp": 4}))
+    finish(start("alone", 1, 1, {}))
+    out = finish(start("several", 1, 1, {}, "--config.steps=8"))
+    assert "goes on from the checkpoint of step 6" in out
+    finish(start("alone", 1, 1, {}, "--config.steps=8"))
+    assert_same_numbers(tmp_path / "several", tmp_path / "alone")
+
+
+def processes(job):
+    """pid of each host's Python, by number."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            variables = dict(
+                pair.split("=", 1) for pair in entry.read_text().split("\0") if "=" in pair
+            )
+            command = (entry.parent / "cmdline").read_text()
+            is_of_job = os.getsid(int(entry.parent.name)) == job.pid
+        except (OSError, ValueError):
+            continue
+        if is_of_job and "experiments.distill" in command and "local_hosts" not in command:
+            found[int(variables["DISTILLSPEC_HOST"])] = int(entry.parent.name)
+    return found
+
+
+def wait_for(job, words):
+    for line in job.stdout:
+        if words in line:
+            return
+    raise AssertionError(f"{words!r} never came")
+
+
+LONG = ("--config.steps=100000", "--config.loop.log_every=0")
+
+
+@pytest.mark.slow
+def test_one_host_told_to_stop_stops_all_and_all_is_saved(start, tmp_path):
+    job = start("run", 2, 1, {"data": 2}, *LONG)
+    wait_for(job, "distill: ")
+    time.sleep(6)
+    os.kill(processes(job)[1], signal.SIGTERM)
+    out = finish(job, 143)
+    step = int(re.search(r"stopped at step (\d+), all saved", out)[1])
+    assert (tmp_path / "run" / "checkpoints" / str(step)).is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_host_that_dies_ends_the_others_in_time(start, victim):
+    job = start("run", 2, 1, {"data": 2}, *LONG, DISTILLSPEC_HOSTS_TIMEOUT="10")
+    wait_for(job, "distill: ")
+    time.sleep(6)
+    os.kill(processes(job)[victim], signal.SIGKILL)
+    died = time.monotonic()
+    out, _ = job.communicate(timeout=60)
+    assert time.monotonic() - died < 45
+    assert job.returncode not in (0, None)
+    assert "hosts lost each other" in out or "unhealthy" in out or "died" in out, out[-3000:]
+
+
+def test_a_host_that_does_not_come_is_named(environment, config_file, tmp_path):
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    variables = environment(
+        1,
+        DISTILLSPEC_HOSTS="3",
+        DISTILLSPEC_HOST="0",
+        JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
+        DISTILLSPEC_HOSTS_TIMEOUT="2",
+    )
+    arguments = [f"--config={config_file('distill')}", f"--workdir={tmp_path / 'run'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.distill", *arguments],
+        cwd=ROOT,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == hosts.LOST
+    assert "error: hosts 1, 2 of 3 did not come within 2 seconds" in done.stderr
+
+
+def arrive(folder, ages):
+    for name, age in ages.items():
+        (folder / name).write_text("")
+        os.utime(folder / name, (1e9 - age, 1e9 - age))
+
+
+def test_hosts_of_an_earlier_start_are_not_counted_as_here(tmp_path):
+    arrive(tmp_path, {"0": 0, "1": 900, "2": 3})
+    assert hosts._missing(tmp_path, "0", 4, 5).startswith("hosts 1, 3 of 4 did not come within 5")
+    assert hosts._missing(tmp_path, "0", None, 5).startswith("only 0, 2 came within 5")
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"DISTILLSPEC_HOSTS": "two"},
+        {"DISTILLSPEC_HOSTS": "2"},
+        {"DISTILLSPEC_HOSTS": "2", "DISTILLSPEC_HOST": "1"},
+        {"DISTILLSPEC_HOSTS": "2", "DISTILLSPEC_HOST": "2", "JAX_COORDINATOR_ADDRESS": "a:1"},
+        {"DISTILLSPEC_HOSTS": "auto", "DISTILLSPEC_HOSTS_TIMEOUT": "soon"},
+    ],
+)
+def test_an_environment_that_makes_no_sense_is_refused(tmp_path, variables):
+    with pytest.raises(UserError, match="DISTILLSPEC_HOST"):
+        hosts.initialize(tmp_path / "run", variables)
+    assert not (tmp_path / "run").exists()
+
+
+def test_alone_there_is_nothing_to_join(tmp_path):
+    hosts.initialize(tmp_path / "run", {})
+    assert not (tmp_path / "run").exists()
+    assert hosts.is_first()
+    assert hosts.all_true(True)
+    assert not hosts.all_true(False)
+    assert hosts.on_first(lambda: 3) == 3

@@ -1,0 +1,55 @@
+"""Bytes on links, read from a compiled program; meshes of a family; the loop's own time."""
+
+import pytest
+
+from distillspec_jax.errors import UserError
+from distillspec_jax.sharding.mesh import MeshConfig
+from experiments.benchmarks import scaling
+from experiments.benchmarks.scaling import Config, mesh_of, sent_bytes
+
+PROGRAM = """
+  %a = f32[8,6]{1,0} all-gather(%p), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  %b = (f32[10]{0}, bf16[3,2]{1,0}) all-reduce(%q, %r), replica_groups=[4,2]<=[8], to_apply=%add
+  %c = s32[] all-reduce(%s), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  %d = f32[7]{0} collective-permute(%t), source_target_pairs={{0,1},{1,0}}
+  %e = f32[2,3]{1,0} reduce-scatter(%u), replica_groups=[2,4]<=[8], dimensions={0}
+  %f = f32[99]{0} fusion(%all-reduce.7), calls=%g
+"""
+
+
+def test_what_a_device_sends_in_a_ring():
+    assert sent_bytes(PROGRAM) == {
+        "all-gather": 8 * 6 * 4 * 3 / 4,
+        "all-reduce": 2 * (10 * 4 + 3 * 2 * 2) * 1 / 2 + 2 * 4 * 7 / 8,
+        "collective-permute": 7 * 4,
+        "reduce-scatter": 2 * 3 * 4 * 3,
+        "all-to-all": 0,
+    }
+
+
+def test_families_of_meshes():
+    assert mesh_of("data", 8) == MeshConfig(8, 1, 1)
+    assert mesh_of("fsdp", 8) == MeshConfig(1, 8, 1)
+    assert mesh_of("tensor 2", 8) == MeshConfig(1, 4, 2)
+    assert mesh_of("tensor 2", 1) is None
+    with pytest.raises(UserError, match="must be data, fsdp or tensor N"):
+        Config(families=("diagonal",))
+
+
+@pytest.mark.slow
+def test_work_of_a_device_stays_when_devices_and_rows_grow():
+    config = Config(
+        target="cpu_target",
+        draft="cpu_draft",
+        devices=(2, 8),
+        families=("data", "fsdp"),
+        input_length=16,
+        target_length=8,
+    )
+    summary, records = scaling.measure(config, 0)
+    assert [record["devices"] for record in records] == [2, 8, 2, 8]
+    one, many = records[:2]
+    assert many["rows"] == 4 * one["rows"]
+    assert many["flops"] == pytest.approx(one["flops"], rel=0.1)
+    assert 0 < one["sent_bytes"] < many["sent_bytes"] < 2 * one["sent_bytes"]  # (n - 1) / n
+    assert summary
