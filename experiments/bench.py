@@ -18,6 +18,7 @@ from distillspec_jax.data.vocabulary import Vocabulary, check_same
 from distillspec_jax.decoding.autoregressive import Generation, autoregressive_sample
 from distillspec_jax.decoding.lenience import Lenience
 from distillspec_jax.decoding.sampling import Sampling
+from distillspec_jax.decoding.slots import slot_sample
 from distillspec_jax.decoding.speculative import speculative_sample
 from distillspec_jax.decoding.state import Speculation, SpeculativeOutput, check_pair
 from distillspec_jax.errors import UserError
@@ -275,9 +276,22 @@ class Runner:
         )
 
     def speculative(self, prompts: Prompts, draft: Draft, setting: Setting) -> SpeculativeOutput:
-        """Texts of the target with the help of a draft."""
-        decode = functools.partial(self._bench.speculative, draft, setting)
-        return self._over(prompts, decode, prompts.inputs)
+        """Texts of the target with the help of a draft; no row waits for the longest."""
+        bench, report = self._bench, self._report()
+        slots = min(bench.config.batch_size, len(prompts.row_ids))
+        output = slot_sample(
+            bench.speculation(draft, setting),
+            bench.target.params,
+            draft.loaded.params,
+            prompts.inputs,
+            jax.random.key(bench.config.seed),
+            slots=slots,
+            refill=max(1, slots // 8),
+            row_ids=prompts.row_ids,
+            report=report,
+        )
+        report(len(prompts.row_ids))
+        return output
 
     def along(
         self, prompts: Prompts, draft: Draft, temperature: float, texts: Generation
@@ -292,11 +306,15 @@ class Runner:
         return TeacherForced(**self._over(prompts, score, *columns))
 
     def _over(self, prompts: Prompts, call: Callable[..., Any], *columns: Any) -> Any:
+        size, report = self._bench.config.batch_size, self._report()
+        return over_batches(call, prompts.row_ids, *columns, batch_size=size, on_rows=report)
+
+    def _report(self) -> Callable[[int], None]:
+        """Takes how many prompts of the next set are done."""
         before = self._done
 
-        def on_rows(done: int) -> None:
+        def report(done: int) -> None:
             self._done = before + done
             self._progress.update(self._done)
 
-        size = self._bench.config.batch_size
-        return over_batches(call, prompts.row_ids, *columns, batch_size=size, on_rows=on_rows)
+        return report

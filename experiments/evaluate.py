@@ -55,7 +55,7 @@ class EvaluateConfig:
     top_k: int = 0
     top_p: float = 1.0
     max_new_tokens: int = 0  # 0: the task's target length
-    batch_size: int = 64  # of decoding for acceptance
+    batch_size: int = 64  # of decoding for acceptance; with a draft, its slots
     seed: int = 0  # of sampling
     tune: bool = True  # also measure the gamma that predicts the highest speed
     tuning_split: str = "tuning"
