@@ -41,7 +41,7 @@ def _train(config: ConfigDict, stage: str, draft: str, fast: bool) -> ConfigDict
     if stage == "distilled":  # half the steps on the draft's own samples, half on the references
         config.recipe = ConfigDict({"name": "distillspec", "lambda1": 0.5})
     config.seed = 0
-    config.steps = 200 if fast else 3_000
+    config.steps = 200 if fast else 2_500
     config.batch_size = 16
     config.rollout_length = 48  # the longest twentieth of the answers is cut
     config.optimizer = ConfigDict(
@@ -61,11 +61,11 @@ def _evaluate(config: ConfigDict, runs: str, draft: str, seeds: int, fast: bool)
             path = f"{runs}/{folder_of(name, seed)}" if name != "finetuned" else draft
             drafts.append(ConfigDict({"name": name, "path": path, "seed": seed}))
     config.drafts = tuple(drafts)
-    config.num_prompts = 100 if fast else 1_000
+    config.num_prompts = 100 if fast else 500 if seeds == 1 else 1_000  # more for a claim
     config.num_tuning_prompts = 20 if fast else 100
     config.batch_size = 100
     config.gamma_grid = (2, 3, 4, 5, 7)
-    config.timed_prompts = 6 if fast else 50
+    config.timed_prompts = 6 if fast else 30 if seeds == 1 else 50
     return config
 
 
