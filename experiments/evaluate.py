@@ -4,7 +4,8 @@
 
 All drafts meet the same prompts with the same randomness, and the clock runs interleaved. The
 block length that is timed is chosen by predicted speed on the tuning split, never on the prompts
-of the claim. Started again with the same config and weights it keeps the figures it has.
+of the claim. Started again with the same config and weights it keeps the figures it has; with
+other drafts or numbers of prompts it measures again.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from experiments.workdir import SUMMARY, Workdir, write_json_lines
 
 METRICS = "metrics.jsonl"
 GRID = ("drafts", "temperatures", "gammas", "lenience", "gamma_grid", "timed_batch_sizes")
+SIZES = ("num_prompts", "timed_prompts")
 FIGURES = ("acceptance_rate", "block_efficiency", "speedup_wall_clock", "quality")
 
 
@@ -91,13 +93,14 @@ def _at_least(least: int, key: str, values: Iterable[int]) -> None:
 def main(config: EvaluateConfig, workdir: Path) -> None:
     task = tasks.load_task(config.task)
     bench = open_bench(config, task)
-    run = Workdir(workdir, "evaluate", config, may_change=("drafts",))
+    run = Workdir(workdir, "evaluate", config, may_change=("drafts", *SIZES))
     _announce(bench)
-    weights = bench.weights()
-    summary = _kept(run.path, weights)
+    sizes = {name: getattr(config, name) for name in SIZES}
+    about = {"weights": bench.weights(), "sizes": sizes}
+    summary = _kept(run.path, about)
     if summary is None:
         results = measuring.measure(bench)
-        summary = {**results.summary(), "weights": weights}
+        summary = {**results.summary(), **about}
         write_json_lines(run.path / METRICS, results.records)
         run.write_summary(summary, seed=config.seed)
     else:
@@ -105,13 +108,13 @@ def main(config: EvaluateConfig, workdir: Path) -> None:
     _say(summary, run.path)
 
 
-def _kept(path: Path, weights: dict[str, Any]) -> dict[str, Any] | None:
-    """The summary that is there, if it was measured with the same weights."""
+def _kept(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+    """The summary that is there, if the same weights were measured on as many prompts."""
     try:
         summary = json.loads((path / SUMMARY).read_text("utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    return summary if summary.get("weights") == weights else None
+    return summary if about.items() <= summary.items() else None
 
 
 def _announce(bench: Bench) -> None:

@@ -197,12 +197,15 @@ def test_started_again_it_keeps_what_it_has(config, workdir, monkeypatch, capsys
     assert "distilled, T = 0, gamma 3: acceptance_rate" in out
 
 
-def test_other_weights_are_measured_again(config, workdir, monkeypatch, tmp_path):
+@pytest.mark.parametrize("changed", [{}, {"num_prompts": 3}, {"timed_prompts": 1}])
+def test_other_weights_or_sizes_are_measured_again(config, workdir, monkeypatch, tmp_path, changed):
     """The path of a draft may be the same while its run has gone on."""
     (tmp_path / "config.json").write_bytes((workdir / "config.json").read_bytes())
     summary = json.loads((workdir / "summary.json").read_text())
-    summary["weights"]["distilled, seed 1"][0] += 0.5
+    if not changed:
+        summary["weights"]["distilled, seed 1"][0] += 0.5
     (tmp_path / "summary.json").write_text(json.dumps(summary))
+    config = dataclasses.replace(config, **changed)
 
     class MeasuredError(Exception):
         pass
