@@ -41,7 +41,7 @@ def _train(config: ConfigDict, stage: str, draft: str, fast: bool) -> ConfigDict
     if stage == "distilled":  # half the steps on the draft's own samples, half on the references
         config.recipe = ConfigDict({"name": "distillspec", "lambda1": 0.5})
     config.seed = 0
-    config.steps = 200 if fast else 2_500
+    config.steps = 200 if fast else 3_000
     config.batch_size = 16
     config.rollout_length = 48  # the longest twentieth of the answers is cut
     config.optimizer = ConfigDict(
