@@ -200,6 +200,8 @@ class Bench:
             sampling=self.sampling(setting.temperature),
             verification=self.config.verification,
             lenience=None if lenience.is_exact else lenience,
+            block_length=self.config.block_length,
+            num_drafts=self.config.num_drafts,
         )
 
     def speculative(

@@ -17,6 +17,7 @@ from distillspec_jax.data.examples import Example, Examples
 from distillspec_jax.data.jsonl import JsonlExamples
 from distillspec_jax.data.vocabulary import Vocabulary, load_vocabulary
 from distillspec_jax.decoding.autoregressive import autoregressive_sample
+from distillspec_jax.decoding.block_length import BlockLength
 from distillspec_jax.decoding.lenience import Lenience
 from distillspec_jax.decoding.sampling import Sampling
 from distillspec_jax.decoding.speculative import speculative_sample
@@ -50,6 +51,8 @@ class DecodeConfig:
     top_p: float = 1.0
     verification: str = "token"
     lenience: Lenience = dataclasses.field(default_factory=Lenience)
+    block_length: BlockLength = dataclasses.field(default_factory=BlockLength)
+    num_drafts: int = 1
     batch_size: int = 8
     seed: int = 0
 
@@ -198,6 +201,8 @@ class Decoder:
             sampling=self.sampling,
             verification=config.verification,
             lenience=None if config.lenience.is_exact else config.lenience,
+            block_length=config.block_length,
+            num_drafts=config.num_drafts,
             row_ids=row_ids,
         )
 

@@ -20,6 +20,7 @@ import jax
 
 from distillspec_jax.data import tasks
 from distillspec_jax.data.tasks import TaskConfig
+from distillspec_jax.decoding.block_length import FIXED, BlockLength
 from distillspec_jax.errors import UserError
 from experiments import door, measuring
 from experiments.bench import Bench, open_bench
@@ -54,6 +55,8 @@ class EvaluateConfig:
     lenience: tuple[float, ...] = (1.0,)  # 1 is lossless; others are measured at T > 0
     lenience_kind: str = "exponential"
     verification: str = "token"
+    block_length: BlockLength = FIXED  # adaptive within each gamma
+    num_drafts: int = 1  # of every block
     top_k: int = 0
     top_p: float = 1.0
     max_new_tokens: int = 0  # 0: the task's target length
@@ -82,6 +85,11 @@ class EvaluateConfig:
         counts = {sum(name == other for other, _ in seen) for name, _ in seen}
         if len(counts - {1}) > 1:
             raise UserError("config.drafts has names with different numbers of seeds; 1 or all")
+
+    @property
+    def has_whole_blocks(self) -> bool:
+        """Whether every block is gamma tokens of one draft, as the predictions take it."""
+        return self.block_length == FIXED and self.num_drafts == 1
 
 
 def _at_least(least: int, key: str, values: Iterable[int]) -> None:

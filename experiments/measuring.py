@@ -23,6 +23,7 @@ from experiments.bench import Bench, Draft, Prompts, Runner, Setting
 
 Row = dict[str, Any]
 OF_TARGET_TEXTS = ("acceptance_rate_overlap", "block_efficiency_path", "block_efficiency_iid")
+OF_WHOLE_BLOCKS = ("block_efficiency_path", "block_efficiency_iid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,17 +281,21 @@ def _rows(
     figures = counts.keys(gamma)
     if not is_lossless:
         figures = {k: v for k, v in figures.items() if not k.startswith(OF_TARGET_TEXTS)}
-    tau = counts.block_efficiency.value
-    draft = bench.seeds(setting.name)[0].loaded
-    size_ratio = draft.num_parameters / bench.target.num_parameters
+    if bench.config.has_whole_blocks:
+        tau = counts.block_efficiency.value
+        size_ratio = _size_ratio(bench, setting.name)
+        figures |= _speeds(tau, gamma, costs[setting.name])
+        figures["memory_bound_speedup"] = latency.predicted_speedup(tau, gamma, size_ratio)
+    else:
+        figures = {k: v for k, v in figures.items() if not k.startswith(OF_WHOLE_BLOCKS)}
     row = {
         **dataclasses.asdict(setting),
         "seeds": list(cells),
         "lossless": is_lossless,
         "verification": bench.config.verification,
+        "num_drafts": bench.config.num_drafts,
+        "block_length": dataclasses.asdict(bench.config.block_length),
         **figures,
-        **_speeds(tau, gamma, costs[setting.name]),
-        "memory_bound_speedup": latency.predicted_speedup(tau, gamma, size_ratio),
         **_quality(bench, [cell.texts for cell in cells.values()]),
     }
     mismatches = [each.greedy_mismatches for each in cells.values()]
@@ -302,6 +307,10 @@ def _rows(
         for size, clock in clocks.items()
     ]
     return [row | figures_of_size for figures_of_size in timed or [{}]]
+
+
+def _size_ratio(bench: Bench, name: str) -> float:
+    return bench.seeds(name)[0].loaded.num_parameters / bench.target.num_parameters
 
 
 def _quality(bench: Bench, texts: Sequence[Sequence[str]]) -> Row:

@@ -22,21 +22,21 @@ class BlockLength:
 
     min_confidence: stop after a token with q(x) below this; 0 never stops. The transformers
         library takes 0.4.
-    max_entropy: stop after a token drawn at an entropy of q above this, in nats. SVIP
-        (arXiv 2411.18462) stops at sqrt(0.15 H) > 0.3, which is 0.6.
+    max_entropy: stop after a token drawn at an entropy of q above this, in nats; 0 never stops.
+        SVIP (arXiv 2411.18462) stops at sqrt(0.15 H) > 0.3, which is 0.6.
     schedule_start: block length a row begins with; then + 2 after a block that was accepted
         whole, - 1 (down to 1) after any other. 0 turns the schedule off: gamma, always.
     """
 
     min_confidence: float = 0.0
-    max_entropy: float = float("inf")
+    max_entropy: float = 0.0
     schedule_start: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_confidence <= 1:
             raise UserError(f"min_confidence is {self.min_confidence}; it must be in [0, 1]")
         if not self.max_entropy >= 0:
-            raise UserError(f"max_entropy is {self.max_entropy}; it must be 0 nats or more")
+            raise UserError(f"max_entropy is {self.max_entropy}; it must be 0 (off) or more nats")
         if self.schedule_start < 0:
             raise UserError(f"schedule_start is {self.schedule_start}; it must be 0 (off) or more")
 
@@ -50,7 +50,7 @@ def keeps_drafting(rule: BlockLength, draft_probs: jax.Array, tokens: jax.Array)
     if rule.min_confidence > 0:
         confidence = jnp.take_along_axis(draft_probs, tokens[:, None], axis=1)[:, 0]
         goes_on &= confidence >= rule.min_confidence
-    if rule.max_entropy < float("inf"):
+    if rule.max_entropy > 0:
         goes_on &= _entropy(draft_probs) <= rule.max_entropy
     return goes_on
 

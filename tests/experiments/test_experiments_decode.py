@@ -79,6 +79,25 @@ def test_prompts_of_a_file(run, tmp_path, vocabulary):
     assert [("compile_seconds" in batch) for batch in batches] == [True, False]
 
 
+def test_blocks_that_stop_early_and_several_drafts(run):
+    """Certain drafts alone go past their first token; of these models none is certain."""
+    flags = [f"--prompt={prompt}" for prompt in PROMPTS]
+    changed = {
+        "usual": {},
+        "short": {"block_length": {"min_confidence": 1.0}},
+        "two": {"num_drafts": 2},
+    }
+    rows = {}
+    for name, changes in changed.items():
+        code, _, err, folder = run(*flags, workdir=name, gamma=4, **changes)
+        assert code is None, err
+        rows[name] = outputs(folder)
+    drafted = {name: sum(row["tested"] for row in found) for name, found in rows.items()}
+    assert all(row["tested"] <= row["calls"] for row in rows["short"])
+    assert drafted["short"] < drafted["usual"]
+    assert rows["two"] != rows["usual"]
+
+
 def test_lines_flags_and_terminal_give_the_same_texts(run, tmp_path, monkeypatch):
     """A row depends on its id and prompt, not on the batch: one by one is as all at once."""
     path = tmp_path / "prompts.txt"

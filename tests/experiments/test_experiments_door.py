@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from distillspec_jax.errors import UserError
 from experiments import door
+from experiments.workdir import Workdir
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -110,6 +111,26 @@ def test_keys_that_the_file_leaves_out_can_be_set(call, tmp_path):
         "--config.inner.sizes=(4,5)",
     )
     assert out == f"{Outer(3, Inner(0.5, 'b', (4, 5), 7))}\n"
+
+
+@pytest.mark.parametrize("folder", ["", "new"])
+def test_a_read_only_workdir_is_one_sentence_and_code_2(call, tmp_path, folder):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a disk needs rights")
+
+    def open_workdir(config, workdir):
+        Workdir(workdir, "toy", config).close()
+
+    try:
+        code, out, err = call("--config=CONFIG", f"--workdir={disk / folder}", main=open_workdir)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: Read-only file system: {disk}")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

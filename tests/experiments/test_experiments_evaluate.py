@@ -9,7 +9,7 @@ import pytest
 
 from distillspec_jax import zoo
 from distillspec_jax.data.tasks import TaskConfig
-from distillspec_jax.decoding.block_length import tune
+from distillspec_jax.decoding.block_length import BlockLength, tune
 from distillspec_jax.evaluation import latency
 from experiments import evaluate, measuring
 from experiments.evaluate import DraftConfig, EvaluateConfig
@@ -251,6 +251,33 @@ def test_lossy_rows_are_marked_and_none_is_greedy(config, tmp_path):
     assert rows[2]["acceptance_rate"] > rows[1]["acceptance_rate"]
     assert "acceptance_rate_overlap" not in rows[2]
     assert "block_efficiency_path_ci95" not in rows[2]
+
+
+@pytest.mark.parametrize(
+    "blocks", [{"block_length": BlockLength(max_entropy=0.5)}, {"num_drafts": 2}]
+)
+def test_other_blocks_are_measured_and_no_formula_is_given_for_them(
+    config, workdir, tmp_path, blocks
+):
+    changed = dataclasses.replace(
+        config, drafts=config.drafts[:1], timed_prompts=0, tune=False, **blocks
+    )
+    evaluate.main(changed, tmp_path / "run")
+    rows = json.loads((tmp_path / "run" / "summary.json").read_text())["drafts"]
+    summary = json.loads((workdir / "summary.json").read_text())
+    usual = [row for row in summary["drafts"] if row["name"] == "finetuned" and row["gamma"] == 3]
+    assert len(rows) == len(usual) == 2
+    assert [row["num_drafts"] for row in rows] == [changed.num_drafts] * 2
+    assert rows[0]["greedy_mismatches"] == 0
+    assert rows[1]["lossless"]
+    for row, whole in zip(rows, usual, strict=True):
+        assert {"speedup_predicted", "block_efficiency_iid"} <= whole.keys() - row.keys()
+    tau, whole_tau = ([row["block_efficiency"] for row in each] for each in (rows, usual))
+    assert tau[0] == whole_tau[0]  # at T = 0 q is one-hot: no entropy, and all drafts are one
+    if changed.num_drafts == 1:
+        assert tau[1] < whole_tau[1]
+    else:
+        assert tau[1] != whole_tau[1]
 
 
 @pytest.fixture
