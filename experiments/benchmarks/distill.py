@@ -57,6 +57,7 @@ class Config:
     torch: Pair = Pair(target="t5_base", draft="t5_small", input_length=64)
     chunked: Pair = Pair(target="t5_base", draft="t5_small", batch_size=16, input_length=64)
     chunk: int = 8  # positions that have logits at a time
+    micro_batches: int = 2  # that the batch is taken in where the vocabulary is in chunks
     vocabularies: tuple[int, ...] = (8_032, 32_128, 128_512)  # of the loss alone, in rows
     teacher: str = "stories-target"  # whose samples a draft helps to write
     teacher_draft: str = "stories-draft"  # best a distilled one, runs/quickstart/distilled
@@ -68,8 +69,8 @@ class Config:
         for part in self.parts:
             if part not in PARTS:
                 raise unknown_name("part", part, PARTS, "config.distill.parts")
-        if self.rounds < 1 or self.chunk < 1:
-            raise UserError("config.distill.rounds and .chunk must be at least 1")
+        if min(self.rounds, self.chunk, self.micro_batches) < 1:
+            raise UserError("config.distill.rounds, .chunk and .micro_batches must be at least 1")
 
 
 def measure(config: Config, seed: int) -> Found:
@@ -125,22 +126,28 @@ def _beside_torch(config: Config, seed: int) -> Found:
 
 
 def _chunked(config: Config, seed: int) -> Found:
-    """The vocabulary in chunks against all logits at once: time, and the compiler's memory."""
-    pair, recipe = config.chunked, recipes.named("supkd")
+    """The vocabulary in chunks against all logits at once: time, and the compiler's memory.
+
+    Two ways: the chunks alone, and the batch in parts as well, which is what saves memory where it
+    is short; the keys without more are of the latter.
+    """
+    pair, recipe, chunk = config.chunked, recipes.named("supkd"), config.chunk
     runs = {
         "plain": _Ours(pair, recipe, seed),
-        "chunked": _Ours(pair, recipe, seed, chunk=config.chunk),
+        "chunks_alone": _Ours(pair, recipe, seed, chunk=chunk),
+        "chunked": _Ours(pair, recipe, seed, chunk=chunk, micro_batches=config.micro_batches),
     }
     calls = {name: run.calls()["update"] for name, run in runs.items()}
     timings = side_by_side(calls, repeats=config.rounds, seed=seed)
-    memory = {name: run.memory() for name, run in runs.items()}
-    figures = _ratio("chunked_time_over_plain", timings["chunked"], timings["plain"])
-    plain, chunked = (memory[name]["temporary_bytes"] for name in ("plain", "chunked"))
-    figures["chunked_peak_memory_over_plain"] = chunked / plain
-    figures["chunked_peak_memory_over_plain_spread"] = [chunked / plain] * 2  # nothing is sampled
+    memory = {name: run.memory()["temporary_bytes"] for name, run in runs.items()}
+    figures: Row = {}
+    for name in ("chunked", "chunks_alone"):
+        figures |= _ratio(f"{name}_time_over_plain", timings[name], timings["plain"])
+        ratio = memory[name] / memory["plain"]
+        figures[f"{name}_peak_memory_over_plain"] = ratio
+        figures[f"{name}_peak_memory_over_plain_spread"] = [ratio] * 2  # nothing is sampled
     rows = _rows(timings, pair, pair.batch_size * pair.target_length)
-    for row in rows:
-        row["temporary_bytes"] = memory[row["name"]]["temporary_bytes"]
+    rows = [{**row, "temporary_bytes": memory[row["name"]]} for row in rows]
     return figures, rows + _by_vocabulary(config, seed)
 
 
@@ -202,6 +209,7 @@ class _Ours:
         seed: int,
         *,
         chunk: int | None = None,
+        micro_batches: int = 1,
         decoder_only: bool = False,
         vocabulary: int = 0,
         abstract: bool = False,
@@ -215,10 +223,9 @@ class _Ours:
         arguments = self.draft, self.target, recipe
         rollout = make_rollout(*arguments, rollout_length=pair.target_length)
         self._rollout = jax.jit(rollout)
-        self._lazy_update = jax.jit(make_update(*arguments, rule, chunk=chunk), donate_argnums=0)
-        self._step = make_distill_step(
-            *arguments, rule, rollout_length=pair.target_length, chunk=chunk
-        )
+        parts: Any = {"chunk": chunk, "micro_batches": micro_batches}
+        self._lazy_update = jax.jit(make_update(*arguments, rule, **parts), donate_argnums=0)
+        self._step = make_distill_step(*arguments, rule, rollout_length=pair.target_length, **parts)
         rng = np.random.default_rng(seed)
 
         def ids(length: int) -> np.ndarray:
