@@ -18,7 +18,7 @@ from distillspec_jax.data.vocabulary import Vocabulary, check_same
 from distillspec_jax.decoding.autoregressive import Generation, autoregressive_sample
 from distillspec_jax.decoding.lenience import Lenience
 from distillspec_jax.decoding.sampling import Sampling
-from distillspec_jax.decoding.slots import slot_sample
+from distillspec_jax.decoding.slots import refill_of, slot_sample
 from distillspec_jax.decoding.speculative import speculative_sample
 from distillspec_jax.decoding.state import Speculation, SpeculativeOutput, check_pair
 from distillspec_jax.errors import UserError
@@ -288,7 +288,7 @@ class Runner:
             prompts.inputs,
             jax.random.key(bench.config.seed),
             slots=slots,
-            refill=max(1, slots // 8),
+            refill=refill_of(slots),
             row_ids=prompts.row_ids,
             report=report,
         )

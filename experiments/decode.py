@@ -67,21 +67,19 @@ def main(config: DecodeConfig, workdir: Path) -> None:
 def _from_examples(
     decoder: Decoder, examples: Examples
 ) -> tuple[list[Answer], list[dict[str, Any]]]:
-    """All prompts at once; the first batch is decoded twice, the first time to compile."""
-    size = decoder.config.batch_size
-    compile_seconds = -time.perf_counter()
-    decoder(examples[:size])
-    compile_seconds += time.perf_counter()
+    """All prompts at once, after a few of them to compile."""
+    began = time.perf_counter()
+    decoder(examples[: decoder.config.batch_size + 1])  # one more: prompts move in
+    warm_up_seconds = time.perf_counter() - began
     batches: list[dict[str, Any]] = []
     with Progress("decode", len(examples), unit="prompt") as progress:
 
-        def on_batch(done: int, seconds: float) -> None:
+        def on_done(done: int, seconds: float) -> None:
             batches.append({"kind": "batch", "done": done, "seconds": seconds})
             progress.update(done)
 
-        answers = decoder(examples, on_batch=on_batch)
-    first = batches[0]
-    batches[0] = {**first, "compile_seconds": max(compile_seconds - first["seconds"], 0.0)}
+        answers = decoder(examples, on_done=on_done)
+    batches[0]["warm_up_seconds"] = warm_up_seconds
     _show(decoder, answers)
     return answers, batches
 
@@ -91,7 +89,7 @@ def _from_terminal(decoder: Decoder) -> tuple[list[Answer], list[dict[str, Any]]
     answers: list[Answer] = []
     batches: list[dict[str, Any]] = []
 
-    def on_batch(done: int, seconds: float) -> None:
+    def on_done(done: int, seconds: float) -> None:
         batches.append({"kind": "batch", "done": len(answers) + done, "seconds": seconds})
 
     for line in _lines_of_terminal():
@@ -99,7 +97,7 @@ def _from_terminal(decoder: Decoder) -> tuple[list[Answer], list[dict[str, Any]]
             prompt = Lines([line], "the prompt", decoder.config.prefix)
             if not answers:
                 decoder(prompt)  # to compile, outside the clock
-            answers += decoder(prompt, first_id=len(answers), on_batch=on_batch)
+            answers += decoder(prompt, first_id=len(answers), on_done=on_done)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             continue

@@ -16,14 +16,20 @@ from distillspec_jax.data import pipeline
 from distillspec_jax.data.examples import Example, Examples
 from distillspec_jax.data.jsonl import JsonlExamples
 from distillspec_jax.data.vocabulary import Vocabulary, load_vocabulary
-from distillspec_jax.decoding.autoregressive import autoregressive_sample
+from distillspec_jax.decoding.autoregressive import Generation, autoregressive_sample
 from distillspec_jax.decoding.block_length import BlockLength
 from distillspec_jax.decoding.lenience import Lenience
 from distillspec_jax.decoding.sampling import Sampling
-from distillspec_jax.decoding.speculative import speculative_sample
-from distillspec_jax.decoding.state import ACCEPTED, BONUS, CORRECTED
+from distillspec_jax.decoding.slots import refill_of, slot_sample
+from distillspec_jax.decoding.state import (
+    ACCEPTED,
+    BONUS,
+    CORRECTED,
+    Speculation,
+    SpeculativeOutput,
+)
 from distillspec_jax.errors import UserError
-from distillspec_jax.evaluation.corpus import over_batches
+from distillspec_jax.evaluation.corpus import OnRows, over_batches
 from experiments.bench import check_meeting, load
 
 ORIGINS = {ACCEPTED: "accepted", CORRECTED: "corrected", BONUS: "bonus"}
@@ -159,51 +165,67 @@ class Decoder:
         examples: Examples,
         *,
         first_id: int = 0,
-        on_batch: Callable[[int, float], None] = lambda done, seconds: None,
+        on_done: Callable[[int, float], None] = lambda done, seconds: None,
     ) -> list[Answer]:
-        """Decodes prompts in batches; `on_batch` is told how many are done, and a batch's time."""
+        """Decodes prompts; `on_done` is told how many are done, and the time since it was told.
+
+        With a draft a row that ends makes room for the next prompt, without it batches end whole.
+        """
         began = time.perf_counter()
 
         def on_rows(done: int) -> None:
             nonlocal began
             now = time.perf_counter()
-            on_batch(done, now - began)
+            on_done(done, now - began)
             began = now
 
-        row_ids = first_id + np.arange(len(examples))
-        inputs = self.encode(examples)
-        size = self.config.batch_size
-        output = over_batches(self._batch, row_ids, inputs, batch_size=size, on_rows=on_rows)
+        decode = self._alone if self.draft is None else self._with_draft
+        output = decode(first_id + np.arange(len(examples)), self.encode(examples), on_rows)
         prompts = [example.input for example in examples]
         return [self._answer(prompt, output, row) for row, prompt in enumerate(prompts)]
 
-    def _batch(self, row_ids: jax.Array, inputs: jax.Array) -> Any:
-        config, key = self.config, jax.random.key(self.config.seed)
-        if self.draft is None:
+    def _alone(self, row_ids: np.ndarray, inputs: np.ndarray, on_rows: OnRows) -> Generation:
+        config = self.config
+
+        def batch(row_ids: jax.Array, inputs: jax.Array) -> Generation:
             return autoregressive_sample(
                 self.target.model,
                 self.target.params,
                 inputs,
-                key,
+                jax.random.key(config.seed),
                 sampling=self.sampling,
                 max_new_tokens=config.max_new_tokens,
                 row_ids=row_ids,
             )
-        return speculative_sample(
-            self.target.model,
+
+        return over_batches(batch, row_ids, inputs, batch_size=config.batch_size, on_rows=on_rows)
+
+    def _with_draft(
+        self, row_ids: np.ndarray, inputs: np.ndarray, on_rows: OnRows
+    ) -> SpeculativeOutput:
+        config = self.config
+        assert self.draft is not None
+        slots = min(config.batch_size, len(inputs))
+        return slot_sample(
+            Speculation(
+                target=self.target.model,
+                draft=self.draft.model,
+                gamma=config.gamma,
+                max_new_tokens=config.max_new_tokens,
+                sampling=self.sampling,
+                verification=config.verification,
+                lenience=None if config.lenience.is_exact else config.lenience,
+                block_length=config.block_length,
+                num_drafts=config.num_drafts,
+            ),
             self.target.params,
-            self.draft.model,
             self.draft.params,
             inputs,
-            key,
-            gamma=config.gamma,
-            max_new_tokens=config.max_new_tokens,
-            sampling=self.sampling,
-            verification=config.verification,
-            lenience=None if config.lenience.is_exact else config.lenience,
-            block_length=config.block_length,
-            num_drafts=config.num_drafts,
+            jax.random.key(config.seed),
+            slots=slots,
+            refill=refill_of(slots),
             row_ids=row_ids,
+            report=on_rows,
         )
 
     def _answer(self, prompt: str, output: Any, row: int) -> Answer:

@@ -21,6 +21,11 @@ from distillspec_jax.errors import UserError
 from distillspec_jax.models.transformer import Params
 
 
+def refill_of(slots: int) -> int:
+    """How many prompts move in together: waiting slots are an eighth at most."""
+    return max(1, slots // 8)
+
+
 def slot_sample(
     speculation: Speculation,
     target_params: Params,
