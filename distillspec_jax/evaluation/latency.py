@@ -24,6 +24,7 @@ from distillspec_jax.models.transformer import Transformer, extend, start
 
 Params = Any
 Call = Callable[[], Any]
+DRAFT_STEP, TARGET_STEP = "draft step", "target step"  # names of loops, as verify(gamma)
 
 
 def predicted_speedup(
@@ -134,6 +135,26 @@ def step_costs(
       repeats: rounds; the medians count.
     """
     gammas = sorted(set(gammas))
+    models = target, target_params, draft, draft_params
+    calls = step_loops(*models, inputs, gammas, steps=steps)
+    timings = side_by_side(calls, repeats=repeats)
+    second = {name: timing.median / steps for name, timing in timings.items()}
+    verification = {gamma: second[verify(gamma)] for gamma in gammas}
+    return StepCosts(second[DRAFT_STEP], second[TARGET_STEP], verification)
+
+
+def step_loops(
+    target: Transformer,
+    target_params: Params,
+    draft: Transformer,
+    draft_params: Params,
+    inputs: jax.Array,
+    gammas: Iterable[int],
+    *,
+    steps: int,
+) -> dict[str, Call]:
+    """The compiled loops of `steps` model calls that `step_costs` times, by name."""
+    gammas = sorted(set(gammas))
     limit = steps + max(gammas, default=0) + 1
     calls: dict[str, Call] = {}
 
@@ -141,14 +162,16 @@ def step_costs(
         cache, pending = _begin(model, params, inputs, limit)
         calls[name] = lambda: _steps(model, params, cache, pending, width, steps)
 
-    add("draft", draft, draft_params, 1)
-    add("target", target, target_params, 1)
+    add(DRAFT_STEP, draft, draft_params, 1)
+    add(TARGET_STEP, target, target_params, 1)
     for gamma in gammas:
-        add(f"verify {gamma}", target, target_params, gamma + 1)
-    timings = side_by_side(calls, repeats=repeats)
-    second = {name: timing.median / steps for name, timing in timings.items()}
-    verification = {gamma: second[f"verify {gamma}"] for gamma in gammas}
-    return StepCosts(second["draft"], second["target"], verification)
+        add(verify(gamma), target, target_params, gamma + 1)
+    return calls
+
+
+def verify(gamma: int) -> str:
+    """Name of the loop that verifies gamma + 1 positions."""
+    return f"verify {gamma}"
 
 
 @dataclasses.dataclass(frozen=True)

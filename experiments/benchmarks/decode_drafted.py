@@ -16,8 +16,18 @@ from distillspec_jax.decoding.block_length import Tuning, efficiency_by_gamma, t
 from distillspec_jax.decoding.sampling import Sampling
 from distillspec_jax.decoding.speculative import speculative_sample
 from distillspec_jax.decoding.state import SpeculativeOutput
-from distillspec_jax.evaluation.intervals import Estimate, estimate, ratio_of_ratios
-from distillspec_jax.evaluation.latency import Clock, StepCosts, race, step_costs
+from distillspec_jax.evaluation.intervals import estimate, ratio_of_ratios
+from distillspec_jax.evaluation.latency import (
+    DRAFT_STEP,
+    TARGET_STEP,
+    Clock,
+    StepCosts,
+    race,
+    step_costs,
+    step_loops,
+    verify,
+)
+from distillspec_jax.models.transformer import Transformer
 from experiments.bench import load, read_prompts
 from experiments.benchmarks.decode import Config, Found, Row
 
@@ -67,7 +77,7 @@ class _Run:
         records: list[Row] = []
         for batch_size in self._config.batch_sizes:
             print(f"drafted: batch {batch_size}, gamma {gamma}", flush=True)
-            figures, row = self._timed(batch_size, gamma, costs)
+            figures, row = self._timed(batch_size, gamma)
             place = "" if batch_size == 1 else f"_batch{batch_size}"
             for key, value in figures.items():
                 stem, interval, _ = key.partition("_ci95")
@@ -76,20 +86,32 @@ class _Run:
         speedups = {str(g): speedup for g, speedup in tuned.speedups.items()}
         return summary, [*records, {"name": "predicted speed-up by gamma", **speedups}]
 
+    @property
+    def _models(self) -> tuple[Transformer, Any, Transformer, Any]:
+        target, draft = self._target, self._draft
+        return target.model, target.params, draft.model, draft.params
+
     def _costs(self) -> StepCosts:
-        models = (
-            self._target.model,
-            self._target.params,
-            self._draft.model,
-            self._draft.params,
-        )
         return step_costs(
-            *models,
+            *self._models,
             jnp.asarray(self._prompts[:1]),
             self._config.gammas,
             steps=self._config.cost_steps,
             repeats=self._config.rounds,
         )
+
+    def _loops(self, gamma: int) -> dict[str, Callable[[np.ndarray], Any]]:
+        """Single steps as entrants of a race: what they cost in the very seconds of the decoders.
+
+        On a shared machine c and v drift from minute to minute, and the prediction with them.
+        """
+        steps, inputs = self._config.cost_steps, jnp.asarray(self._prompts[:1])
+        loops = step_loops(*self._models, inputs, [gamma], steps=steps)
+
+        def entrant(call: Callable[[], Any]) -> Callable[[np.ndarray], Any]:
+            return lambda _: (call(), np.array([steps]))
+
+        return {name: entrant(call) for name, call in loops.items()}
 
     def _tune(self, costs: StepCosts) -> Tuning:
         """The gamma of the highest predicted speed on prompts that nothing is claimed of."""
@@ -102,10 +124,7 @@ class _Run:
         self, inputs: np.ndarray, gamma: int, verification: str = "token", temperature: float = 0.0
     ) -> SpeculativeOutput:
         return speculative_sample(
-            self._target.model,
-            self._target.params,
-            self._draft.model,
-            self._draft.params,
+            *self._models,
             jnp.asarray(inputs),
             jax.random.key(0),
             gamma=gamma,
@@ -156,12 +175,13 @@ class _Run:
                 )
         return decoders
 
-    def _timed(self, batch_size: int, gamma: int, costs: StepCosts) -> tuple[Row, Row]:
+    def _timed(self, batch_size: int, gamma: int) -> tuple[Row, Row]:
         """(Figures of the summary, the record) of one batch size."""
         count = len(self._prompts) // batch_size
         batches = self._prompts[: count * batch_size].reshape(count, batch_size, -1)
         decoders = self._decoders(batch_size, gamma)
-        clock = race(decoders, list(batches), repeats=self._config.repeats)
+        loops = self._loops(gamma) if batch_size == 1 else {}
+        clock = race({**decoders, **loops}, list(batches), repeats=self._config.repeats)
         figures: Row = {}
         for key, (name, over) in PAIRS.items():
             if name in decoders and over in decoders:
@@ -171,8 +191,7 @@ class _Run:
         calls = np.array([np.sum(each.target_calls) for each in blocks])
         figures |= estimate(np.divide, [emitted, calls]).keys("block_efficiency")
         if batch_size == 1:  # in larger batches rows wait for each other
-            found = _over_prediction(clock, emitted, calls, gamma, costs)
-            figures |= found.keys("speculative_over_prediction")
+            figures |= _over_prediction(clock, emitted, calls, gamma)
         rates = {
             f"{name}_tokens_per_second": clock.tokens_per_second([name]).value for name in decoders
         }
@@ -190,21 +209,23 @@ class _Run:
         return figures, row
 
 
-def _over_prediction(
-    clock: Clock, emitted: np.ndarray, calls: np.ndarray, gamma: int, costs: StepCosts
-) -> Estimate:
-    """Measured speed-up over tau / (c gamma + v), prompts resampled together."""
-    cost = costs.cost_ratio * gamma + costs.verification_cost(gamma)
-    columns = [
-        column[name]
-        for name in ("speculative", "plain")
-        for column in (clock.tokens, clock.seconds)
-    ]
+def _over_prediction(clock: Clock, emitted: np.ndarray, calls: np.ndarray, gamma: int) -> Row:
+    """Measured speed-up over tau / (c gamma + v), prompts resampled together; c and v."""
+    names = ("speculative", "plain", DRAFT_STEP, TARGET_STEP, verify(gamma))
+    spent, base_spent, *steps = (clock.seconds[name] for name in names)
 
-    def statistic(tokens, seconds, base_tokens, base_seconds, emitted, calls):
-        return tokens / seconds / (base_tokens / base_seconds) / (emitted / calls) * cost
+    def over_prediction(tokens, spent, base_tokens, base_spent, emitted, calls, draft, target, v):
+        speedup = tokens / spent / (base_tokens / base_spent)
+        return speedup / (emitted / calls) * (draft * gamma + v) / target
 
-    return estimate(statistic, [*columns, emitted, calls])
+    columns = [clock.tokens["speculative"], spent, clock.tokens["plain"], base_spent]
+    found = estimate(over_prediction, [*columns, emitted, calls, *steps])
+    draft, target, verification = (column.sum() for column in steps)
+    return {
+        "cost_ratio": float(draft / target),
+        "verification_cost": float(verification / target),
+        **found.keys("speculative_over_prediction"),
+    }
 
 
 def _equal(decoders: Mapping[str, Callable[[np.ndarray], Any]], batches: np.ndarray) -> Row:
