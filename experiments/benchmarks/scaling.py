@@ -155,12 +155,24 @@ def sent_bytes(program: str) -> dict[str, float]:
 
 
 def _group_size(rest: str) -> int:
-    """How many devices take part: replica_groups={{0,1},{2,3}}, or =[groups,size]<=..."""
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
-    if listed:
-        return len(listed[1].split(","))
-    short = re.search(r"replica_groups=\[\d+,(\d+)\]", rest)
-    return int(short[1]) if short else 1
+    """How many devices take part.
+
+    Written as replica_groups={{0,1},{2,3}}, =[groups,size]<=..., or =mesh['a'=4,'b'=2] {'a'}, where
+    'a':(2)2 is a part of an axis.
+    """
+    found = re.search(r"replica_groups=(\{\{[\d,]*\}|\[\d+,\d+\]|mesh\[[^]]*\] \{[^}]*\})", rest)
+    if not found:
+        if "replica_groups" in rest:
+            raise ValueError(f"groups of devices in a form that is not known: {rest[:200]}")
+        return 1
+    groups = found[1]
+    if groups.startswith("mesh"):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups))
+        taken = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", groups.rpartition("{")[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in taken)
+    if groups.startswith("["):
+        return int(groups.strip("[]").split(",")[1])
+    return groups.count(",") + 1
 
 
 def _from_json(values: Mapping[str, Any]) -> Config:

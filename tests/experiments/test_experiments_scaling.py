@@ -27,6 +27,28 @@ def test_what_a_device_sends_in_a_ring():
     }
 
 
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("mesh['axis_0'=4,'axis_1'=1,'axis_2'=2] {'axis_0'}", 4),
+        ("mesh['axis_0'=4,'axis_1'=1,'axis_2'=2] {'axis_0','axis_2'}", 8),
+        ("mesh['a'=8] {'a':(2)4}", 4),
+        ("[2,3]<=[3,2]T(1,0)", 3),
+        ("{{0}}", 1),
+    ],
+)
+def test_groups_of_devices_in_every_form(groups, size):
+    line = (
+        f"  %a = f32[5]{{0}} all-reduce(%q), channel_id=1, replica_groups={groups}, to_apply=%add"
+    )
+    assert sent_bytes(line)["all-reduce"] == pytest.approx(2 * 5 * 4 * (size - 1) / size)
+
+
+def test_an_unknown_form_is_no_silent_zero():
+    with pytest.raises(ValueError, match="not known"):
+        sent_bytes("  %a = f32[5]{0} all-reduce(%q), replica_groups=@all, to_apply=%add")
+
+
 def test_families_of_meshes():
     assert mesh_of("data", 8) == MeshConfig(8, 1, 1)
     assert mesh_of("fsdp", 8) == MeshConfig(1, 8, 1)
