@@ -62,15 +62,18 @@ class Config:
     teacher: str = "stories-target"  # whose samples a draft helps to write
     teacher_draft: str = "stories-draft"  # best a distilled one, runs/quickstart/distilled
     teacher_gamma: int = 5
-    teacher_batch_size: int = 16
+    teacher_batch_sizes: tuple[int, ...] = (4, 16)  # the first gives the headline
     teacher_length: int = 56
 
     def __post_init__(self) -> None:
         for part in self.parts:
             if part not in PARTS:
                 raise unknown_name("part", part, PARTS, "config.distill.parts")
-        if min(self.rounds, self.chunk, self.micro_batches) < 1:
-            raise UserError("config.distill.rounds, .chunk and .micro_batches must be at least 1")
+        if min(self.rounds, self.chunk, self.micro_batches, *self.teacher_batch_sizes) < 1:
+            raise UserError(
+                "config.distill.rounds, .chunk, .micro_batches and .teacher_batch_sizes must be at "
+                "least 1"
+            )
 
 
 def measure(config: Config, seed: int) -> Found:
@@ -164,10 +167,31 @@ def _by_vocabulary(config: Config, seed: int) -> list[Row]:
 
 def _teacher(config: Config, seed: int) -> Found:
     """Texts of a trained target, by itself and with a draft's help."""
-    target, target_params = zoo.load(config.teacher)
-    draft, draft_params = zoo.load(config.teacher_draft)
-    batch = _stories(config, seed)
+    models = *zoo.load(config.teacher), *zoo.load(config.teacher_draft)
+    figures: Row = {}
+    rows: list[Row] = []
+    for batch_size in config.teacher_batch_sizes:
+        calls = _writers(config, *models, _stories(batch_size, seed), seed)
+        timings = side_by_side(calls, repeats=config.rounds, seed=seed)
+        place = f"_batch{batch_size}" if figures else ""
+        found = _ratio("teacher_rollout_speedup", timings["plain"], timings["with_draft"])
+        for key, value in found.items():
+            stem, spread, _ = key.partition("_spread")
+            figures[stem + place + spread] = value
+        shapes = {"batch_size": batch_size, "gamma": config.teacher_gamma}
+        rows += [{**_times(name, timing), **shapes} for name, timing in timings.items()]
+    return figures, rows
 
+
+def _writers(
+    config: Config,
+    target: Transformer,
+    target_params: Any,
+    draft: Transformer,
+    draft_params: Any,
+    batch: Batch,
+    seed: int,
+) -> dict[str, Callable[[], jax.Array]]:
     def writer(gamma: int) -> Callable[[], jax.Array]:
         recipe = recipes.named("seqkd", teacher_gamma=gamma)
         write = jax.jit(
@@ -175,18 +199,13 @@ def _teacher(config: Config, seed: int) -> Found:
         )
         return lambda: write(draft_params, target_params, batch, jnp.uint32(seed), jnp.int32(0))[0]
 
-    calls = {"plain": writer(0), "with_draft": writer(config.teacher_gamma)}
-    timings = side_by_side(calls, repeats=config.rounds, seed=seed)
-    figures = _ratio("teacher_rollout_speedup", timings["plain"], timings["with_draft"])
-    shapes = {"batch_size": config.teacher_batch_size, "gamma": config.teacher_gamma}
-    return figures, [{**_times(name, timing), **shapes} for name, timing in timings.items()]
+    return {"plain": writer(0), "with_draft": writer(config.teacher_gamma)}
 
 
-def _stories(config: Config, seed: int) -> Batch:
+def _stories(batch_size: int, seed: int) -> Batch:
     from distillspec_jax.data.tasks import TaskConfig, load_task
 
-    task = load_task(TaskConfig())
-    batches = task.batches("train", batch_size=config.teacher_batch_size, seed=seed)
+    batches = load_task(TaskConfig()).batches("train", batch_size=batch_size, seed=seed)
     return jax.tree.map(jnp.asarray, next(batches))
 
 

@@ -11,7 +11,7 @@ from distillspec_jax.models.presets import preset
 from experiments.benchmarks import distill
 from experiments.benchmarks.distill import Config, Pair
 
-TINY = Pair(target="cpu_draft", draft="cpu_draft", batch_size=5, input_length=3, target_length=48)
+TINY = Pair(target="cpu_draft", draft="cpu_draft", batch_size=6, input_length=3, target_length=48)
 
 
 def test_chunks_bound_the_memory_of_logits():
@@ -45,9 +45,9 @@ def test_no_text_ends_before_the_limit():
     ours = distill._Ours(pair, distill.recipes.named("gkd"), 3, decoder_only=True)
     batch, metrics = ours.calls()["rollout"]()
     total, rows = metrics["rollout_length"]
-    assert rows == 5
-    assert batch.targets.shape == (5, 19)
-    assert total > 0.95 * 5 * 19  # id 0, padding, may come by chance
+    assert rows == 6
+    assert batch.targets.shape == (6, 19)
+    assert total > 0.95 * 6 * 19  # id 0, padding, may come by chance
     assert metrics["eos_rate"][0] == 0
     assert not ours.draft.config.is_encoder_decoder
 
@@ -67,3 +67,16 @@ def test_parts_without_their_peers_are_left_out(monkeypatch, capsys):
 def test_unknown_parts_are_refused():
     with pytest.raises(UserError, match=r"unknown part 'torhc'.*did you mean 'torch'"):
         Config(parts=("torhc",))
+
+
+def test_rollouts_of_the_teacher_with_and_without_a_draft():
+    config = Config(parts=("teacher",), rounds=1, teacher_batch_sizes=(1, 2), teacher_length=4)
+    summary, records = distill.measure(config, seed=3)
+    assert [(row["name"], row["batch_size"]) for row in records] == [
+        *(("plain", 1), ("with_draft", 1)),
+        *(("plain", 2), ("with_draft", 2)),
+    ]
+    seconds = [row["seconds"] for row in records]
+    assert summary["teacher_rollout_speedup"] == pytest.approx(seconds[0] / seconds[1])
+    assert summary["teacher_rollout_speedup_batch2"] == pytest.approx(seconds[2] / seconds[3])
+    assert len(summary["teacher_rollout_speedup_batch2_spread"]) == 2

@@ -23,6 +23,6 @@ def get_config(options: str = "") -> ConfigDict:
             config.distill[part] = ConfigDict(tiny)
         config.distill.chunk = 3
         config.distill.vocabularies = (64, 448)
-        config.distill.teacher_batch_size = 4
+        config.distill.teacher_batch_sizes = (2, 4)
         config.distill.teacher_length = 16
     return config
