@@ -160,7 +160,10 @@ def _group_size(rest: str) -> int:
     Written as replica_groups={{0,1},{2,3}}, =[groups,size]<=..., or =mesh['a'=4,'b'=2] {'a'}, where
     'a':(2)2 is a part of an axis.
     """
-    found = re.search(r"replica_groups=(\{\{[\d,]*\}|\[\d+,\d+\]|mesh\[[^]]*\] \{[^}]*\})", rest)
+    found = re.search(
+        r"replica_groups=(\{\{[\d,]*\}|\[\d+,\d+\]|mesh\[[^]]*\](?:, device_ids=\S+)? \{[^}]*\})",
+        rest,
+    )
     if not found:
         if "replica_groups" in rest:
             raise ValueError(f"groups of devices in a form that is not known: {rest[:200]}")

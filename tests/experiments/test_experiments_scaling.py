@@ -33,6 +33,7 @@ def test_what_a_device_sends_in_a_ring():
         ("mesh['axis_0'=4,'axis_1'=1,'axis_2'=2] {'axis_0'}", 4),
         ("mesh['axis_0'=4,'axis_1'=1,'axis_2'=2] {'axis_0','axis_2'}", 8),
         ("mesh['a'=8] {'a':(2)4}", 4),
+        ("mesh['a'=2,'b'=1,'c'=2], device_ids=([2,2]T(1,0)) {'a'}", 2),
         ("[2,3]<=[3,2]T(1,0)", 3),
         ("{{0}}", 1),
     ],
