@@ -101,7 +101,11 @@ def assert_same_numbers(left, right):
                 np.testing.assert_allclose(value, b[key], rtol=1e-5, err_msg=f"{key}, {a['step']}")
 
 
-PACKAGED = ("--config.target=stories-target", "--config.draft=stories-draft")
+PACKAGED = (
+    "--config.target=stories-target",
+    "--config.draft=stories-draft",
+    "--config.optimizer.learning_rate=1e-5",  # AdamW turns rounding into steps of the rate
+)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +121,7 @@ def test_several_hosts_take_the_steps_of_one(start, tmp_path, count, devices, me
     several = finish(start("several", count, devices, mesh, *flags))
     finish(start("alone", 1, 1, {}, *flags))
     assert_same_numbers(tmp_path / "several", tmp_path / "alone")
-    assert several.count("weights of step 6") == 1  # one process talks
+    assert several.count("weights of step ") == 1  # one process talks
     assert f"[0]   devices: {count * devices} x cpu on {count} hosts" in several
 
 
