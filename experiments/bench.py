@@ -18,7 +18,7 @@ from distillspec_jax.data.vocabulary import Vocabulary, check_same
 from distillspec_jax.decoding.autoregressive import Generation, autoregressive_sample
 from distillspec_jax.decoding.lenience import Lenience
 from distillspec_jax.decoding.sampling import Sampling
-from distillspec_jax.decoding.slots import refill_of, slot_sample
+from distillspec_jax.decoding.slots import slot_sample
 from distillspec_jax.decoding.speculative import speculative_sample
 from distillspec_jax.decoding.state import Speculation, SpeculativeOutput, check_pair
 from distillspec_jax.errors import UserError
@@ -279,21 +279,17 @@ class Runner:
 
     def speculative(self, prompts: Prompts, draft: Draft, setting: Setting) -> SpeculativeOutput:
         """Texts of the target with the help of a draft; no row waits for the longest."""
-        bench, report = self._bench, self._report()
-        slots = min(bench.config.batch_size, len(prompts.row_ids))
-        output = slot_sample(
+        bench = self._bench
+        return slot_sample(
             bench.speculation(draft, setting),
             bench.target.params,
             draft.loaded.params,
             prompts.inputs,
             jax.random.key(bench.config.seed),
-            slots=slots,
-            refill=refill_of(slots),
+            slots=bench.config.batch_size,
             row_ids=prompts.row_ids,
-            report=report,
+            report=self._report(),
         )
-        report(len(prompts.row_ids))
-        return output
 
     def along(
         self, prompts: Prompts, draft: Draft, temperature: float, texts: Generation

@@ -69,7 +69,8 @@ def _from_examples(
 ) -> tuple[list[Answer], list[dict[str, Any]]]:
     """All prompts at once, after a few of them to compile."""
     began = time.perf_counter()
-    decoder(examples[: decoder.config.batch_size + 1])  # one more: prompts move in
+    one_more = decoder.draft is not None  # for which a slot is refilled
+    decoder(examples[: decoder.config.batch_size + one_more])
     warm_up_seconds = time.perf_counter() - began
     batches: list[dict[str, Any]] = []
     with Progress("decode", len(examples), unit="prompt") as progress:

@@ -20,7 +20,7 @@ from distillspec_jax.decoding.autoregressive import Generation, autoregressive_s
 from distillspec_jax.decoding.block_length import BlockLength
 from distillspec_jax.decoding.lenience import Lenience
 from distillspec_jax.decoding.sampling import Sampling
-from distillspec_jax.decoding.slots import refill_of, slot_sample
+from distillspec_jax.decoding.slots import slot_sample
 from distillspec_jax.decoding.state import (
     ACCEPTED,
     BONUS,
@@ -205,7 +205,6 @@ class Decoder:
     ) -> SpeculativeOutput:
         config = self.config
         assert self.draft is not None
-        slots = min(config.batch_size, len(inputs))
         return slot_sample(
             Speculation(
                 target=self.target.model,
@@ -222,8 +221,7 @@ class Decoder:
             self.draft.params,
             inputs,
             jax.random.key(config.seed),
-            slots=slots,
-            refill=refill_of(slots),
+            slots=config.batch_size,
             row_ids=row_ids,
             report=on_rows,
         )

@@ -22,8 +22,8 @@ from distillspec_jax.progress import Progress
 from experiments.bench import Bench, Draft, Prompts, Runner, Setting
 
 Row = dict[str, Any]
-OF_TARGET_TEXTS = ("acceptance_rate_overlap", "block_efficiency_path", "block_efficiency_iid")
 OF_WHOLE_BLOCKS = ("block_efficiency_path", "block_efficiency_iid")
+OF_TARGET_TEXTS = ("acceptance_rate_overlap", *OF_WHOLE_BLOCKS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,11 +21,6 @@ from distillspec_jax.errors import UserError
 from distillspec_jax.models.transformer import Params
 
 
-def refill_of(slots: int) -> int:
-    """How many prompts move in together: waiting slots are an eighth at most."""
-    return max(1, slots // 8)
-
-
 def slot_sample(
     speculation: Speculation,
     target_params: Params,
@@ -34,17 +29,21 @@ def slot_sample(
     rng: jax.Array,
     *,
     slots: int,
-    refill: int = 1,
+    refill: int | None = None,
     row_ids: np.ndarray | None = None,
     report: Callable[[int], None] = lambda finished: None,
 ) -> SpeculativeOutput:
     """Decodes inputs [P, S] in `slots` rows at a time; the result is numpy throughout, [P, ...].
 
     `refill` prompts move in together, as soon as that many slots are free: more waiting against
-    fewer reads of prompts. `report` is told how many texts are finished, now and then. Compiles
+    fewer reads of prompts; None takes an eighth of the slots. No more slots are made than there are
+    prompts. `report` is told how many texts are finished, now and then. Compiles
     three functions per shape and settings. `statistics.draft_steps` depends on the company, the
     rest does not. Raises UserError as `speculative_sample` does.
     """
+    if refill is None:
+        slots = min(slots, len(inputs))
+        refill = max(1, slots // 8)
     if not 1 <= refill <= slots:
         raise UserError(f"refill is {refill}; it must be between 1 and the {slots} slots")
     row_ids = np.arange(len(inputs)) if row_ids is None else np.asarray(row_ids)

@@ -149,12 +149,11 @@ def step_loops(
     draft: Transformer,
     draft_params: Params,
     inputs: jax.Array,
-    gammas: Iterable[int],
+    gammas: Sequence[int],
     *,
     steps: int,
 ) -> dict[str, Call]:
     """The compiled loops of `steps` model calls that `step_costs` times, by name."""
-    gammas = sorted(set(gammas))
     limit = steps + max(gammas, default=0) + 1
     calls: dict[str, Call] = {}
 

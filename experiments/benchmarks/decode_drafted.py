@@ -220,10 +220,10 @@ def _over_prediction(clock: Clock, emitted: np.ndarray, calls: np.ndarray, gamma
 
     columns = [clock.tokens["speculative"], spent, clock.tokens["plain"], base_spent]
     found = estimate(over_prediction, [*columns, emitted, calls, *steps])
-    draft, target, verification = (column.sum() for column in steps)
+    draft, target, verification = (float(column.sum()) for column in steps)
     return {
-        "cost_ratio": float(draft / target),
-        "verification_cost": float(verification / target),
+        "cost_ratio": draft / target,
+        "verification_cost": verification / target,
         **found.keys("speculative_over_prediction"),
     }
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from distillspec_jax.errors import UserError
-from distillspec_jax.evaluation.latency import Timing
+from distillspec_jax.evaluation.latency import DRAFT_STEP, TARGET_STEP, Clock, Timing, verify
 from distillspec_jax.models.presets import preset
 from distillspec_jax.models.transformer import Transformer, init_params
 from experiments import benchmark
-from experiments.benchmarks import decode, decode_plain
+from experiments.benchmarks import decode, decode_drafted, decode_plain
 from experiments.benchmarks.decode import Config
 
 PLAIN = Config(
@@ -99,6 +99,26 @@ def test_the_time_of_a_token_is_without_the_source():
     assert found["compile_seconds"] == 4
     weights = decode_plain.decoder_bytes(run._model, run._params) / 2**20  # in blocks read
     assert found["plain_over_weight_read"] == pytest.approx(3 / (weights * 0.5), rel=1e-6)
+
+
+def test_the_prediction_is_tau_over_what_a_block_costs():
+    prompts = np.array([1.0, 2.0, 4.0])  # every prompt's figures are these times the same
+    seconds = {"plain": 8, "speculative": 5, DRAFT_STEP: 1, TARGET_STEP: 4, verify(3): 6}
+    clock = Clock(
+        seconds={name: value * prompts for name, value in seconds.items()},
+        tokens={"plain": 20 * prompts, "speculative": 24 * prompts},
+        spread={},
+        compile_seconds={},
+    )
+    found = decode_drafted._over_prediction(clock, 24 * prompts, 10 * prompts, gamma=3)
+    speedup, block_efficiency, c, v = (24 / 5) / (20 / 8), 2.4, 1 / 4, 6 / 4
+    expected = speedup / (block_efficiency / (3 * c + v))
+    assert found == {
+        "cost_ratio": c,
+        "verification_cost": v,
+        "speculative_over_prediction": pytest.approx(expected),
+        "speculative_over_prediction_ci95": [pytest.approx(expected)] * 2,
+    }
 
 
 def test_a_draft_is_timed_beside_none(small):

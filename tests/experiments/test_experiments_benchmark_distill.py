@@ -35,6 +35,7 @@ def test_chunks_bound_the_memory_of_logits():
     assert summary["chunked_time_over_plain"] == pytest.approx(ratio)
     ratio = timed["chunked"]["temporary_bytes"] / timed["plain"]["temporary_bytes"]
     assert summary["chunked_peak_memory_over_plain"] == ratio
+    assert timed["chunked"]["temporary_bytes"] < timed["chunks_alone"]["temporary_bytes"]
     tokens = TINY.batch_size * TINY.target_length
     assert timed["plain"]["tokens_per_second"] == pytest.approx(tokens / timed["plain"]["seconds"])
 
