@@ -22,6 +22,8 @@ Conventions (arXiv 2310.08461; 2211.17192):
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -52,7 +54,15 @@ from distillspec_jax.decoding.state import (
 )
 from distillspec_jax.decoding.verification import choose_rule
 from distillspec_jax.models.cache import rollback
-from distillspec_jax.models.transformer import Params, Transformer, extend, feed, start
+from distillspec_jax.models.transformer import (
+    Params,
+    Transformer,
+    extend,
+    extend_hidden,
+    feed,
+    start,
+    unembed,
+)
 
 
 def speculative_sample(
@@ -137,15 +147,19 @@ def begin(
     limit = s.max_new_tokens + s.gamma
     target_cache, pending = start(s.target, target_params, inputs, limit)
     draft_cache, _ = start(s.draft, draft_params, inputs, limit)
+    config, hidden = s.target.config, None
+    if s.keeps_hidden:
+        hidden = jnp.zeros((batch_size, s.room, config.d_model), config.dtype)
     return State(
         keys=keys.row_keys(rng, row_ids),
         pending=pending,
         active=row_ids >= 0,
         allowance=first_allowance(s.block_length, s.gamma, batch_size),
-        tokens=jnp.full((batch_size, s.room), s.target.config.pad_id, jnp.int32),
+        tokens=jnp.full((batch_size, s.room), config.pad_id, jnp.int32),
         origins=jnp.zeros((batch_size, s.room), jnp.int8),
         lengths=jnp.zeros(batch_size, jnp.int32),
         statistics=no_statistics(batch_size, s.gamma),
+        hidden=hidden,
         target_cache=per_draft(target_cache, s.num_drafts),
         draft_cache=per_draft(draft_cache, s.num_drafts),
     )
@@ -160,10 +174,14 @@ def advance(
     draft = draft_block(s, draft_params, state, uniforms)
     pending = per_draft(state.pending, s.num_drafts)
     block = jnp.concatenate([pending[:, None], draft.tokens], axis=1)
-    logits, target_cache = extend(s.target, target_params, state.target_cache, block)
+    hidden, target_cache = extend_hidden(s.target, target_params, state.target_cache, block)
+    logits = unembed(s.target, target_params, hidden)
     target_probs = process(logits[..., : s.target.config.num_pieces], s.sampling)
     verdict = verify(s, target_probs, draft, uniforms)
     after = emit(s, state, verdict, draft.steps)
+    if state.hidden is not None:
+        hidden = follow(hidden, verdict.path, s.num_drafts)
+        after = after.replace(hidden=_write(state.hidden, hidden, state.lengths))
     # Both caches keep the pending token and the accepted ones; frozen rows do not move.
     kept = per_draft(jnp.where(after.active, 1 + verdict.num_accepted, 0), s.num_drafts)
     target_cache = share_cache(target_cache, verdict.path, s.num_drafts)
@@ -291,6 +309,7 @@ def output_of(speculation: Speculation, state: State) -> SpeculativeOutput:
         lengths=jnp.minimum(state.lengths, limit),
         origins=state.origins[:, :limit],
         statistics=state.statistics,
+        hidden=None if state.hidden is None else state.hidden[:, :limit],
         lossless=speculation.is_lossless,
     )
 
@@ -305,9 +324,9 @@ def _block_uniforms(speculation: Speculation, state: State) -> Uniforms:
 
 
 def _write(buffer: jax.Array, block: jax.Array, starts: jax.Array) -> jax.Array:
-    """Writes block [B, gamma + 1] into buffer [B, room] from column starts [B] on.
+    """Writes block [B, gamma + 1, ...] into buffer [B, room, ...] from column starts [B] on.
 
     A row that ended past the limit is written behind it, which is cut.
     """
-    at_row = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice(row, new, (start,)))
+    at_row = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
     return at_row(buffer, block.astype(buffer.dtype), starts)

@@ -30,6 +30,7 @@ class Speculation:
     lenience: lossy acceptance, with token verification alone.
     num_drafts: independent drafts of every block, verified in one call; with more than one,
         token verification becomes K-SEQ (`multi_draft.k_seq_rule`).
+    keeps_hidden: whether the output has the target's hidden states, for a loss on its texts.
     """
 
     target: Transformer
@@ -42,6 +43,7 @@ class Speculation:
     lenience: Lenience | None = None
     block_length: BlockLength = FIXED
     num_drafts: int = 1
+    keeps_hidden: bool = False
 
     def __post_init__(self) -> None:
         if self.gamma < 1:
@@ -109,6 +111,8 @@ class SpeculativeOutput(struct.PyTreeNode):
 
     tokens: [B, L] int32, pad_id after the end. lengths: [B] int32, with the end-of-sequence.
     origins: [B, L] int8, how each token came to be: ACCEPTED, CORRECTED or BONUS; 0 is padding.
+    hidden: [B, L, D], what the target drew or judged each token by, before the vocabulary product;
+        arbitrary behind a row's length, None unless kept.
     lossless: whether the tokens have exactly the law of the target.
     """
 
@@ -116,6 +120,7 @@ class SpeculativeOutput(struct.PyTreeNode):
     lengths: jax.Array
     origins: jax.Array
     statistics: Statistics
+    hidden: jax.Array | None
     lossless: bool = struct.field(pytree_node=False)
 
 
@@ -128,6 +133,7 @@ class State(struct.PyTreeNode):
     allowance: [B] int32, tokens the row may draft in its next block.
     tokens, origins: [B, L + gamma + 1], written from the left.
     lengths: [B] int32, tokens emitted, the part past the limit included.
+    hidden: [B, L + gamma + 1, D] of the target, aligned with `tokens`; None unless kept.
     """
 
     keys: jax.Array
@@ -138,6 +144,7 @@ class State(struct.PyTreeNode):
     origins: jax.Array
     lengths: jax.Array
     statistics: Statistics
+    hidden: jax.Array | None
     target_cache: Cache
     draft_cache: Cache
 

@@ -13,6 +13,7 @@ has written nothing there: the losses leave that position out.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -27,12 +28,14 @@ from distillspec_jax.decoding.speculative import speculate
 from distillspec_jax.decoding.state import Speculation
 from distillspec_jax.distill.recipes import Recipe
 from distillspec_jax.models.cache import Cache
-from distillspec_jax.models.transformer import Params, Transformer, extend, start
+from distillspec_jax.models.transformer import Params, Transformer, extend, hidden_states, start
 
 SOURCES = ("fixed", "draft", "teacher")
 
-# (draft_params, target_params, inputs [B, S], key, row_ids [B]) -> tokens [B, L]
-Writer = Callable[[Any, Any, jax.Array, jax.Array, jax.Array], jax.Array]
+# tokens [B, L], and the target's hidden states [B, L, D] on them where writing has made them
+Text = tuple[jax.Array, jax.Array | None]
+# (draft_params, target_params, inputs [B, S], key, row_ids [B]) -> text
+Writer = Callable[[Any, Any, jax.Array, jax.Array, jax.Array], Text]
 
 
 def step_key(seed: jax.Array, purpose: str, step: jax.Array) -> jax.Array:
@@ -63,12 +66,13 @@ def draw_source(key: jax.Array, recipe: Recipe) -> jax.Array:
 
 def make_source(
     draft: Transformer, target: Transformer, recipe: Recipe, *, rollout_length: int
-) -> Callable[[Any, Any, Any, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """Returns `(draft_params, target_params, batch, seed, step) -> (tokens [B, L], source [])`.
+) -> Callable[[Any, Any, Any, jax.Array, jax.Array], tuple[Text, jax.Array]]:
+    """Returns `(draft_params, target_params, batch, seed, step) -> (text [B, L], source [])`.
 
     Traceable. `source` is an index in SOURCES; L is the longer of `rollout_length` and the
     references if both can come, else that of the one that does. Sources of probability 0 are not
-    compiled.
+    compiled. If `recipe.keeps_target_hidden`, every text has the target's hidden states: a text
+    that it has not written is scored here.
     """
     writers = _writers(draft, target, recipe, rollout_length)
     probabilities = source_probabilities(recipe)
@@ -79,16 +83,17 @@ def make_source(
             batch.targets.shape[1] if name == "fixed" else rollout_length for name in possible
         )
 
-        def branch(name: str) -> Callable[[jax.Array], jax.Array]:
-            def tokens(key: jax.Array) -> jax.Array:
-                if name == "fixed":
-                    return _widen(batch.targets, width)
-                written = writers[name](
-                    draft_params, target_params, batch.inputs, key, batch.example_ids
-                )
-                return _widen(written, width)
+        def branch(name: str) -> Callable[[jax.Array], Text]:
+            def text(key: jax.Array) -> Text:
+                tokens, hidden = batch.targets, None
+                if name != "fixed":
+                    params = draft_params, target_params
+                    tokens, hidden = writers[name](*params, batch.inputs, key, batch.example_ids)
+                if recipe.keeps_target_hidden and hidden is None:
+                    hidden = hidden_states(target, target_params, batch.inputs, tokens)
+                return jax.tree.map(functools.partial(_widen, width=width), (tokens, hidden))
 
-            return tokens
+            return text
 
         key = step_key(seed, "rollout", step)
         if len(possible) == 1:
@@ -111,12 +116,12 @@ def _writers(
         output = generate(
             model, params, inputs, key, sampling=sampling, max_new_tokens=length, row_ids=row_ids
         )
-        return output.tokens
+        return output.tokens, None
 
     def from_draft(draft_params, target_params, inputs, key, row_ids):
         if recipe.interleave_top_k == 0:
             return plain(draft, draft_params, inputs, key, row_ids)
-        return interleaved(
+        tokens = interleaved(
             draft,
             draft_params,
             target,
@@ -128,6 +133,7 @@ def _writers(
             max_new_tokens=length,
             row_ids=row_ids,
         )
+        return tokens, None
 
     def from_teacher(draft_params, target_params, inputs, key, row_ids):
         if recipe.teacher_gamma == 0:
@@ -138,8 +144,10 @@ def _writers(
             gamma=recipe.teacher_gamma,
             max_new_tokens=length,
             sampling=sampling,
+            keeps_hidden=recipe.keeps_target_hidden,
         )
-        return speculate(speculation, target_params, draft_params, inputs, key, row_ids).tokens
+        output = speculate(speculation, target_params, draft_params, inputs, key, row_ids)
+        return output.tokens, output.hidden
 
     return {"draft": from_draft, "teacher": from_teacher}
 
@@ -202,5 +210,6 @@ def _next_logits(
     return logits[:, 0, : model.config.num_pieces], cache
 
 
-def _widen(tokens: jax.Array, width: int) -> jax.Array:
-    return jnp.pad(tokens, ((0, 0), (0, width - tokens.shape[1])))
+def _widen(text: jax.Array, width: int) -> jax.Array:
+    """[B, T, ...] -> [B, width, ...], padded with 0."""
+    return jnp.pad(text, [(0, 0), (0, width - text.shape[1])] + [(0, 0)] * (text.ndim - 2))

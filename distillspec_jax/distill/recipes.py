@@ -32,7 +32,7 @@ class Recipe:
       interleave_top_k: above 0, the draft's samples are interleaved (arXiv 2410.11325): a token
         outside the target's top k is replaced by one of the target's.
       teacher_gamma: above 0, the target's samples are drawn speculatively with the current draft
-        and this block length: the same law, sooner.
+        and this block length: the same law, sooner, and the loss takes over the target's states.
       keep_fraction: below 1, only this share of a batch's tokens is learnt from: those whose loss
         exceeds a reference draft's the most (arXiv 2510.19779, AdaSPEC).
       reduction: 'sequence' (mean per sequence, then over the batch) or 'token'.
@@ -83,6 +83,12 @@ class Recipe:
             target=self.target_temperature,
             draft=self.draft_temperature,
         )
+
+    @property
+    def keeps_target_hidden(self) -> bool:
+        """Whether text of the target comes with what the loss needs of the target."""
+        from_teacher = self.lambda1 < 1 and self.lambda2 < 1
+        return self.teacher_gamma > 0 and from_teacher and self.needs_target_scores
 
     @property
     def needs_target_scores(self) -> bool:

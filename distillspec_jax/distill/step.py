@@ -106,7 +106,7 @@ def make_rollout(
     write = data_sources.make_source(draft, target, recipe, rollout_length=rollout_length)
 
     def rollout(state, target_params, batch):
-        tokens, source = write(state.params, target_params, batch, state.seed, state.step)
+        (tokens, hidden), source = write(state.params, target_params, batch, state.seed, state.step)
         sampled = source != data_sources.SOURCES.index("fixed")
         mask = losses.token_mask(tokens, draft.config.pad_id)
         rows = jnp.where(sampled, _count(jnp.any(mask > 0, axis=1)), 0.0)
@@ -117,7 +117,7 @@ def make_rollout(
         }
         for index, name in enumerate(data_sources.SOURCES):
             metrics[f"source_{name}"] = ((source == index).astype(jnp.float32), jnp.ones(()))
-        return batch.replace(targets=tokens), metrics
+        return batch.replace(targets=tokens, target_hidden=hidden), metrics
 
     return rollout
 
@@ -224,7 +224,9 @@ def distillation_loss(
         del key  # no dropout in distillation: the draft is scored as it will decode
         text = (batch.inputs, batch.targets)
         hidden = transformer.hidden_states(draft, params, *text)
-        target_hidden = transformer.hidden_states(target, target_params, *text)
+        target_hidden = batch.target_hidden
+        if target_hidden is None:
+            target_hidden = transformer.hidden_states(target, target_params, *text)
         mask = kept = losses.token_mask(batch.targets, draft.config.pad_id)
         if recipe.needs_reference:
             frozen = jax.lax.stop_gradient(params)

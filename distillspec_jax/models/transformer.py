@@ -289,10 +289,17 @@ def extend(
     model: Transformer, params: Params, cache: Cache, tokens: jax.Array
 ) -> tuple[jax.Array, Cache]:
     """Feeds a block [B, T] at each row's own length: logits [B, T, V] float32, longer cache."""
-    hidden, cache = _apply(model, params, "decode", tokens, cache)
+    hidden, cache = extend_hidden(model, params, cache, tokens)
     return unembed(model, params, hidden), cache
+
+
+def extend_hidden(
+    model: Transformer, params: Params, cache: Cache, tokens: jax.Array
+) -> tuple[jax.Array, Cache]:
+    """`extend` before the vocabulary product: hidden states [B, T, D], longer cache."""
+    return _apply(model, params, "decode", tokens, cache)
 
 
 def feed(model: Transformer, params: Params, cache: Cache, tokens: jax.Array) -> Cache:
     """Feeds a block [B, T] for its keys and values alone."""
-    return _apply(model, params, "decode", tokens, cache)[1]
+    return extend_hidden(model, params, cache, tokens)[1]

@@ -18,7 +18,7 @@ import numpy as np
 
 from distillspec_jax import zoo
 from distillspec_jax.data.batch import Batch
-from distillspec_jax.distill import data_sources, recipes
+from distillspec_jax.distill import recipes
 from distillspec_jax.distill.step import make_distill_step, make_rollout, make_update
 from distillspec_jax.errors import UserError, unknown_name
 from distillspec_jax.evaluation.latency import Timing, side_by_side
@@ -166,15 +166,18 @@ def _by_vocabulary(config: Config, seed: int) -> list[Row]:
 
 
 def _teacher(config: Config, seed: int) -> Found:
-    """Texts of a trained target, by itself and with a draft's help."""
+    """Texts of a trained target and whole steps on them, by itself and with a draft's help."""
     models = *zoo.load(config.teacher), *zoo.load(config.teacher_draft)
     figures: Row = {}
     rows: list[Row] = []
     for batch_size in config.teacher_batch_sizes:
-        calls = _writers(config, *models, _stories(batch_size, seed), seed)
+        calls = _taught(config, *models, _stories(batch_size, seed), seed)
         timings = side_by_side(calls, repeats=config.rounds, seed=seed)
         place = f"_batch{batch_size}" if figures else ""
-        found = _ratio("teacher_rollout_speedup", timings["plain"], timings["with_draft"])
+        found = {
+            **_ratio("teacher_rollout_speedup", timings["plain"], timings["with_draft"]),
+            **_ratio("teacher_step_speedup", timings["plain_step"], timings["step_with_draft"]),
+        }
         for key, value in found.items():
             stem, spread, _ = key.partition("_spread")
             figures[stem + place + spread] = value
@@ -183,7 +186,7 @@ def _teacher(config: Config, seed: int) -> Found:
     return figures, rows
 
 
-def _writers(
+def _taught(
     config: Config,
     target: Transformer,
     target_params: Any,
@@ -191,15 +194,33 @@ def _writers(
     draft_params: Any,
     batch: Batch,
     seed: int,
-) -> dict[str, Callable[[], jax.Array]]:
-    def writer(gamma: int) -> Callable[[], jax.Array]:
-        recipe = recipes.named("seqkd", teacher_gamma=gamma)
-        write = jax.jit(
-            data_sources.make_source(draft, target, recipe, rollout_length=config.teacher_length)
-        )
-        return lambda: write(draft_params, target_params, batch, jnp.uint32(seed), jnp.int32(0))[0]
+) -> dict[str, Callable[[], Any]]:
+    """Rollouts and steps from one state, which every call finds as it was."""
+    rule = make_optimizer(OPTIMIZER, 1_000)
+    state = TrainState.create(draft_params, rule, seed=seed)
 
-    return {"plain": writer(0), "with_draft": writer(config.teacher_gamma)}
+    def writer(gamma: int) -> Callable[[], Any]:
+        recipe = recipes.named("seqkd", teacher_gamma=gamma)  # its loss asks the target nothing
+        write = make_rollout(draft, target, recipe, rollout_length=config.teacher_length)
+        return functools.partial(jax.jit(write), state, target_params, batch)
+
+    def stepper(gamma: int) -> Callable[[], Any]:
+        recipe = recipes.named("gkd", lambda2=0.0, teacher_gamma=gamma)
+        write = make_rollout(draft, target, recipe, rollout_length=config.teacher_length)
+        update = make_update(draft, target, recipe, rule)
+
+        def step(state: TrainState, target_params: Any, batch: Batch) -> Any:
+            return update(state, target_params, write(state, target_params, batch)[0])
+
+        return functools.partial(jax.jit(step), state, target_params, batch)
+
+    gamma = config.teacher_gamma
+    return {
+        "plain": writer(0),
+        "with_draft": writer(gamma),
+        "plain_step": stepper(0),
+        "step_with_draft": stepper(gamma),
+    }
 
 
 def _stories(batch_size: int, seed: int) -> Batch:

@@ -10,11 +10,12 @@ import pytest
 from distillspec_jax.decoding.autoregressive import generate
 from distillspec_jax.decoding.sampling import Sampling
 from distillspec_jax.distill import data_sources, recipes
-from distillspec_jax.models.transformer import score
+from distillspec_jax.models.transformer import hidden_states, score
 
 LENGTH = 5  # of rollouts; the references have 7 columns
 SEED = jnp.uint32(17)
 EOS = 1
+compiled = jax.jit(generate, static_argnums=0, static_argnames=("sampling", "max_new_tokens"))
 
 
 def make_write(pair, recipe):
@@ -25,9 +26,9 @@ def make_write(pair, recipe):
 def sample(model, params, batch, step, temperature=1.0) -> np.ndarray:
     """What `generate` alone writes for the examples of a step: [B, LENGTH]."""
     settings = {"sampling": Sampling(temperature=temperature), "max_new_tokens": LENGTH}
-    run = jax.jit(functools.partial(generate, model, **settings))
     key = data_sources.step_key(SEED, "rollout", step)
-    return np.asarray(run(params, batch.inputs, key, row_ids=batch.example_ids).tokens)
+    output = compiled(model, params, batch.inputs, key, row_ids=batch.example_ids, **settings)
+    return np.asarray(output.tokens)
 
 
 def drawn(recipe, steps=4001) -> np.ndarray:
@@ -59,7 +60,7 @@ def test_every_source_writes_its_own_tokens(pairs, batch):
     write = make_write(pair, recipes.named("distillspec", lambda1=0.4, lambda2=0.5))
     seen = set()
     for step in range(9):
-        tokens, source = write(pair.draft_params, pair.target_params, batch, SEED, step)
+        (tokens, _), source = write(pair.draft_params, pair.target_params, batch, SEED, step)
         name = data_sources.SOURCES[int(source)]
         seen.add(name)
         texts = {
@@ -79,7 +80,7 @@ def test_what_cannot_come_is_not_even_traced(pair, batch):
     def width(name, draft_params, target_params):
         recipe = recipes.named(name)
         write = data_sources.make_source(pair.draft, pair.target, recipe, rollout_length=LENGTH)
-        return jax.eval_shape(write, draft_params, target_params, batch, SEED, 0)[0].shape[1]
+        return jax.eval_shape(write, draft_params, target_params, batch, SEED, 0)[0][0].shape[1]
 
     assert width("sft", None, None) == 7
     assert width("gkd", pair.draft_params, None) == LENGTH
@@ -92,7 +93,7 @@ def test_a_text_belongs_to_its_example_and_step(pairs, batch):
     write = make_write(pair, recipes.named("gkd"))
 
     def tokens(batch, step=3, seed=SEED):
-        return np.asarray(write(pair.draft_params, None, batch, seed, step)[0])
+        return np.asarray(write(pair.draft_params, None, batch, seed, step)[0][0])
 
     order = np.array([4, 2, 0, 5, 1, 3])
     texts, shuffled = tokens(batch), jax.tree.map(lambda x: x[order], batch)
@@ -108,11 +109,28 @@ def test_a_text_belongs_to_its_example_and_step(pairs, batch):
 
 def test_greedy_rollouts_and_a_teacher_helped_by_the_draft(pair, batch):
     recipe = recipes.named("seqkd", rollout_temperature=0.0, teacher_gamma=3)
-    tokens, _ = make_write(pair, recipe)(pair.draft_params, pair.target_params, batch, SEED, 0)
+    (tokens, _), _ = make_write(pair, recipe)(pair.draft_params, pair.target_params, batch, SEED, 0)
     greedy = sample(pair.target, pair.target_params, batch, 0, temperature=0.0)
     np.testing.assert_array_equal(tokens, greedy)
     draft_greedy = sample(pair.draft, pair.draft_params, batch, 0, temperature=0.0)
     assert not np.array_equal(tokens, draft_greedy)
+
+
+def test_text_of_any_source_comes_with_the_targets_states(pairs, batch):
+    pair = pairs["decoder-only"]
+    mixed = {"lambda1": 0.4, "lambda2": 0.5, "teacher_gamma": 2}
+    write = make_write(pair, recipes.named("distillspec", **mixed))
+    seen = set()
+    for step in range(9):
+        text, source = write(pair.draft_params, pair.target_params, batch, SEED, step)
+        seen.add(int(source))
+        tokens, hidden = map(np.asarray, text)
+        expected = hidden_states(pair.target, pair.target_params, batch.inputs, tokens)
+        real = tokens != 0
+        np.testing.assert_allclose(hidden[real], expected[real], rtol=1e-4, atol=1e-5)
+    assert seen == {0, 1, 2}
+    for recipe in ({"loss": "nll", **mixed}, {**mixed, "teacher_gamma": 0}, {"teacher_gamma": 2}):
+        assert not recipes.named("distillspec", **recipe).keeps_target_hidden
 
 
 def test_interleaved_greedy_is_one_model_or_the_other_at_the_ends(pair, batch):
@@ -122,7 +140,7 @@ def test_interleaved_greedy_is_one_model_or_the_other_at_the_ends(pair, batch):
     ):
         recipe = recipes.named("skd", rollout_temperature=0.0, interleave_top_k=top_k)
         write = make_write(pair, recipe)
-        tokens, _ = write(pair.draft_params, pair.target_params, batch, SEED, 0)
+        (tokens, _), _ = write(pair.draft_params, pair.target_params, batch, SEED, 0)
         expected = sample(model, params, batch, 0, temperature=0.0)
         np.testing.assert_array_equal(tokens, expected)
 

@@ -14,6 +14,7 @@ from distillspec_jax.distill.step import (
     distillation_loss,
     make_distill_step,
     make_finetune_step,
+    make_rollout,
     make_update,
     summed_gradients,
 )
@@ -119,7 +120,7 @@ def test_on_policy_learns_from_its_own_samples_and_not_through_them(
     pair, recipe = pairs[kind], recipes.named("gkd")
     state, metrics = compiled_step(kind, recipe)(fresh_state(kind), pair.target_params, batch)
     write = jax.jit(make_source(pair.draft, pair.target, recipe, rollout_length=5))
-    tokens, _ = write(pair.draft_params, None, batch, jnp.uint32(0), 0)
+    (tokens, _), _ = write(pair.draft_params, None, batch, jnp.uint32(0), 0)
     written = batch.replace(targets=tokens)
     close(state.params, descended(plain_forward_kl, pair, written)[1])
     close(metrics["rollout_length"], (np.sum(np.asarray(tokens) != 0), 6))
@@ -127,6 +128,21 @@ def test_on_policy_learns_from_its_own_samples_and_not_through_them(
     other = batch.replace(targets=np.roll(batch.targets, 1, 0))  # its references do not matter
     again, _ = compiled_step(kind, recipe)(fresh_state(kind), pair.target_params, other)
     assert same_bits(again.params, state.params)
+
+
+def test_what_the_teacher_saw_while_writing_is_not_scored_again(pairs, batch, fresh_state):
+    kind = "encoder-decoder"
+    pair, recipe = pairs[kind], recipes.named("gkd", lambda2=0.0, teacher_gamma=3)
+    rollout = jax.jit(make_rollout(pair.draft, pair.target, recipe, rollout_length=5))
+    written, _ = rollout(fresh_state(kind), pair.target_params, batch)
+    # a target that can no more than turn states into logits
+    blind = jax.tree.map(lambda w: np.full_like(w, np.nan), pair.target_params)
+    blind["head"] = pair.target_params["head"]
+    update = jax.jit(make_update(pair.draft, pair.target, recipe, optax.sgd(RATE)))
+    state, metrics = update(fresh_state(kind), blind, written)
+    loss, params = descended(plain_forward_kl, pair, written)
+    close(state.params, params)
+    close(metrics["loss"], (loss * 6, 6))
 
 
 @pytest.mark.parametrize("chunk", [None, 3])

@@ -1,5 +1,6 @@
 """Acceptance and block efficiency: closed forms, numpy beside it, and exact enumeration."""
 
+import functools
 import itertools
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ from distillspec_jax.models.transformer import Transformer, init_params, score
 EOS = 1
 
 
+@functools.cache
 def tiny(name, seed, **changes):
     sizes = dict(vocab_size=13, d_model=6, num_heads=2, head_dim=5, d_ff=11)
     layers = dict(num_encoder_layers=1, num_decoder_layers=1)
@@ -215,7 +217,7 @@ def output_of(blocks, gamma):
         **{key: np.array(column) for key, column in columns.items()}, accepted_histogram=histogram
     )
     lengths = np.array(columns["emitted"])
-    return SpeculativeOutput(np.zeros_like(origins), lengths, origins, statistics, True)
+    return SpeculativeOutput(np.zeros_like(origins), lengths, origins, statistics, None, True)
 
 
 # accepted tokens and what follows them; the last block ends in an accepted end-of-sequence

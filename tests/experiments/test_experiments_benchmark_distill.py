@@ -73,11 +73,13 @@ def test_unknown_parts_are_refused():
 def test_rollouts_of_the_teacher_with_and_without_a_draft():
     config = Config(parts=("teacher",), rounds=1, teacher_batch_sizes=(1, 2), teacher_length=4)
     summary, records = distill.measure(config, seed=3)
+    names = ("plain", "with_draft", "plain_step", "step_with_draft")
     assert [(row["name"], row["batch_size"]) for row in records] == [
-        *(("plain", 1), ("with_draft", 1)),
-        *(("plain", 2), ("with_draft", 2)),
+        *((name, 1) for name in names),
+        *((name, 2) for name in names),
     ]
     seconds = [row["seconds"] for row in records]
     assert summary["teacher_rollout_speedup"] == pytest.approx(seconds[0] / seconds[1])
-    assert summary["teacher_rollout_speedup_batch2"] == pytest.approx(seconds[2] / seconds[3])
-    assert len(summary["teacher_rollout_speedup_batch2_spread"]) == 2
+    assert summary["teacher_step_speedup"] == pytest.approx(seconds[2] / seconds[3])
+    assert summary["teacher_rollout_speedup_batch2"] == pytest.approx(seconds[4] / seconds[5])
+    assert len(summary["teacher_step_speedup_batch2_spread"]) == 2

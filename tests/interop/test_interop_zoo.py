@@ -15,6 +15,7 @@ from distillspec_jax.data.vocabulary import load_vocabulary
 from distillspec_jax.errors import UserError
 from distillspec_jax.interop import huggingface, orbax
 from distillspec_jax.models.config import ModelConfig
+from distillspec_jax.models.presets import PRESETS
 from distillspec_jax.sharding.mesh import MeshConfig, make_mesh
 from distillspec_jax.sharding.rules import param_shardings
 from distillspec_jax.training.checkpoints import Checkpoints
@@ -198,13 +199,14 @@ def test_damaged_runs_are_refused(tmp_path, tiny):
 
 
 @pytest.mark.parametrize("kind", ["preset", "native", "run"])
-def test_every_kind_goes_straight_to_its_shards(tmp_path, tiny, kind):
+def test_every_kind_goes_straight_to_its_shards(tmp_path, tiny, kind, monkeypatch):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     if kind == "native":
         zoo.save_native(*tiny, tmp_path / "x", {}, dtype="float32")
     elif kind == "run":
         orbax.save(*tiny, tmp_path / "x", {})
-    name = "cpu_target" if kind == "preset" else tmp_path / "x"
+    monkeypatch.setitem(PRESETS, "tiny", tiny[0].config)
+    name = "tiny" if kind == "preset" else tmp_path / "x"
     _, whole = zoo.load(name)
     model, split = zoo.load(name, shardings=lambda c: param_shardings(zoo.model(c), mesh))
     assert_same(whole, split)
