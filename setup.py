@@ -38,7 +38,7 @@ EXTRAS = {
     "peers": ["torch==2.13.0", "transformers>=5,<6", "trl>=0.20"],
     "dev": [
         "pytest>=8",
-        "pytest-xdist>=3",
+        "pytest-xdist>=3.7",
         "hypothesis>=6",
         "ruff>=0.6",
         "mypy>=1.11",

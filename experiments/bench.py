@@ -19,7 +19,7 @@ from distillspec_jax.decoding.autoregressive import Generation, autoregressive_s
 from distillspec_jax.decoding.lenience import Lenience
 from distillspec_jax.decoding.sampling import Sampling
 from distillspec_jax.decoding.slots import slot_sample
-from distillspec_jax.decoding.speculative import speculative_sample
+from distillspec_jax.decoding.speculative import speculate_checked
 from distillspec_jax.decoding.state import Speculation, SpeculativeOutput, check_pair
 from distillspec_jax.errors import UserError
 from distillspec_jax.evaluation.acceptance import TeacherForced, along_texts
@@ -208,15 +208,13 @@ class Bench:
         self, draft: Draft, setting: Setting, row_ids: jax.Array, inputs: jax.Array
     ) -> SpeculativeOutput:
         """The target decodes a batch with a draft."""
-        settings = vars(self.speculation(draft, setting))
-        models = (
-            settings.pop("target"),
+        return speculate_checked(
+            self.speculation(draft, setting),
             self.target.params,
-            settings.pop("draft"),
             draft.loaded.params,
-        )
-        return speculative_sample(
-            *models, inputs, jax.random.key(self.config.seed), row_ids=row_ids, **settings
+            inputs,
+            jax.random.key(self.config.seed),
+            row_ids,
         )
 
     def along(self, draft: Draft, temperature: float, *texts: jax.Array) -> dict[str, np.ndarray]:

@@ -33,5 +33,6 @@ make_environment "$extra" "$version"
 status=0
 "$python" -m ruff check . || status=1
 "$python" -m mypy || status=1
-"$python" -m pytest -n 2 --dist loadfile ${arguments[@]+"${arguments[@]}"} || status=$?
+# in the order of the files: by the number of tests, long files of few tests would come last
+"$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder ${arguments[@]+"${arguments[@]}"} || status=$?
 exit "$status"

@@ -101,8 +101,21 @@ def speculative_sample(
         block_length=block_length or FIXED,
         num_drafts=num_drafts,
     )
+    return speculate_checked(speculation, target_params, draft_params, inputs, rng, row_ids)
+
+
+def speculate_checked(
+    speculation: Speculation,
+    target_params: Params,
+    draft_params: Params,
+    inputs: jax.Array,
+    rng: jax.Array,
+    row_ids: jax.Array | None = None,
+) -> SpeculativeOutput:
+    """`speculate`, compiled, with input and output checked on the host."""
     row_ids = keys.default_row_ids(inputs, row_ids)
-    check_request(inputs, row_ids, target.config.pad_id, max_new_tokens)
+    pad_id = speculation.target.config.pad_id
+    check_request(inputs, row_ids, pad_id, speculation.max_new_tokens)
     output = _compiled(speculation, target_params, draft_params, inputs, rng, row_ids)
     check_finite(output.statistics.finite, speculation.names)
     return output

@@ -70,16 +70,41 @@ def test_unknown_parts_are_refused():
         Config(parts=("torhc",))
 
 
-def test_rollouts_of_the_teacher_with_and_without_a_draft():
-    config = Config(parts=("teacher",), rounds=1, teacher_batch_sizes=(1, 2), teacher_length=4)
-    summary, records = distill.measure(config, seed=3)
-    names = ("plain", "with_draft", "plain_step", "step_with_draft")
-    assert [(row["name"], row["batch_size"]) for row in records] == [
-        *((name, 1) for name in names),
-        *((name, 2) for name in names),
-    ]
+TAUGHT = ("plain", "with_draft", "plain_step", "step_with_draft")
+
+
+def taught(models, *batch_sizes):
+    """The figures and rows of the teacher part on the tiny models of the suite."""
+    config = Config(
+        parts=("teacher",),
+        rounds=1,
+        teacher=str(models / "target"),
+        teacher_draft=str(models / "draft"),
+        teacher_batch_sizes=batch_sizes,
+        teacher_length=4,
+    )
+    return distill.measure(config, seed=3)
+
+
+def test_the_teacher_with_and_without_a_draft(models):
+    summary, records = taught(models, 2)
+    assert [(row["name"], row["batch_size"]) for row in records] == [(name, 2) for name in TAUGHT]
     seconds = [row["seconds"] for row in records]
     assert summary["teacher_rollout_speedup"] == pytest.approx(seconds[0] / seconds[1])
     assert summary["teacher_step_speedup"] == pytest.approx(seconds[2] / seconds[3])
-    assert summary["teacher_rollout_speedup_batch2"] == pytest.approx(seconds[4] / seconds[5])
-    assert len(summary["teacher_step_speedup_batch2_spread"]) == 2
+
+
+def test_the_first_batch_size_gives_the_headline(models, monkeypatch):
+    def timed(calls, **_):
+        seconds = {"plain": 8.0, "with_draft": 4.0, "plain_step": 9.0, "step_with_draft": 3.0}
+        return {name: Timing(np.array([seconds[name]]), 0.0) for name in calls}
+
+    monkeypatch.setattr(distill, "side_by_side", timed)
+    summary, records = taught(models, 1, 5)
+    assert [row["batch_size"] for row in records] == [1] * 4 + [5] * 4
+    expected = {"rollout_speedup": 2.0, "step_speedup": 3.0}
+    for key, value in expected.items():
+        for place in ("", "_batch5"):
+            assert summary.pop(f"teacher_{key}{place}") == value
+            assert summary.pop(f"teacher_{key}{place}_spread") == [value] * 2
+    assert not {key for key in summary if key.startswith("teacher_")}
