@@ -49,11 +49,14 @@ def messages_of(transformers):
     said = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: said.append(record.getMessage())
-    logger = transformers.utils.logging.get_logger("transformers")
+    logging_ = transformers.utils.logging
+    logger, level = logging_.get_logger("transformers"), logging_.get_verbosity()
     logger.addHandler(handler)
+    logging_.set_verbosity_warning()  # whatever ran before in this process may have asked for less
     try:
         yield said
     finally:
+        logging_.set_verbosity(level)
         logger.removeHandler(handler)
 
 
