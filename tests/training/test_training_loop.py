@@ -108,6 +108,7 @@ def test_stopped_and_resumed_is_uninterrupted(make_toy, number):
         parts.hook = stop_at(stop, number)
         result = parts.run(steps=20, best_metric="size", best_mode="min")
         assert (result.ended, int(result.state.step)) == ("signal", stop + 1)
+        assert (parts.workdir / "checkpoints" / str(stop + 1)).is_dir()  # no step is lost
     parts.hook = lambda step: None
     result = parts.run(steps=20, best_metric="size", best_mode="min")
     assert result.ended == expected.ended == "finished"
