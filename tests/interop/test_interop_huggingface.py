@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from distillspec_jax import zoo
 from distillspec_jax.errors import UserError
-from distillspec_jax.interop import huggingface, huggingface_config, layout
+from distillspec_jax.interop import folders, huggingface, huggingface_config, layout
 from distillspec_jax.models.config import ModelConfig
 
 ALL_CASES = range(14)
@@ -317,6 +317,15 @@ def test_nothing_is_overwritten_and_nothing_half_written(folder, tmp_path):
     with pytest.raises(ValueError, match="cannot reshape"):
         huggingface.save(model, broken, tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t5"]
+
+
+def test_a_folder_is_there_when_it_is_whole(tmp_path):
+    """Whoever is killed in between leaves nothing under the name that was asked for."""
+    with folders.new_folder(tmp_path / "new") as unfinished:
+        (unfinished / "config.json").write_text("{}")
+        assert not (tmp_path / "new").exists()
+    assert (tmp_path / "new" / "config.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_padding_rows_are_suppressed_in_what_is_exported(tmp_path, random_model):
