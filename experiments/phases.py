@@ -22,8 +22,9 @@ from distillspec_jax.models.transformer import Transformer
 class PhasedStep:
     """`distill.step.make_distill_step` with `rollout_seconds` and `update_seconds` in its metrics.
 
-    The numbers learnt are the same. The host waits for each half, the update with its scoring, so
-    a step takes a little longer than the one program of which nothing can be timed inside.
+    The numbers learnt are the same. The host waits for each half, so a step takes a little longer
+    than the one program of which nothing can be timed inside. Scoring belongs to the update, that
+    of the target to the rollout where the recipe keeps its states (`teacher_gamma`).
     """
 
     def __init__(

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# level 1: tiny programs take far longer to compile than to run, and level 3 twice as long
+# level 1: tiny programs take far longer to compile than to run
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
 )

@@ -36,10 +36,10 @@ def slot_sample(
     """Decodes inputs [P, S] in `slots` rows at a time; the result is numpy throughout, [P, ...].
 
     `refill` prompts move in together, as soon as that many slots are free: more waiting against
-    fewer reads of prompts; None takes an eighth of the slots. No more slots are made than there are
-    prompts. `report` is told how many texts are finished, now and then. Compiles
-    three functions per shape and settings. `statistics.draft_steps` depends on the company, the
-    rest does not. Raises UserError as `speculative_sample` does.
+    fewer reads of prompts. None takes an eighth of the slots, and no more slots than prompts.
+    `report` is told how many texts are finished, now and then. Compiles three functions per shape
+    and settings. `statistics.draft_steps` depends on the company, the rest does not. Raises
+    UserError as `speculative_sample` does.
     """
     if refill is None:
         slots = min(slots, len(inputs))

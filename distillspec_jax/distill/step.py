@@ -133,7 +133,8 @@ def make_update(
 ) -> Callable[..., tuple[Any, Metrics]]:
     """Returns the second half, `(state, target_params, batch[, reference]) -> (state, metrics)`.
 
-    Traceable; scores `batch.targets` with both models and updates the draft.
+    Traceable; scores `batch.targets` with both models, the target's part unless the batch brings
+    it, and updates the draft.
     """
     check_pair(target, draft)
 

@@ -138,7 +138,7 @@ def test_what_the_teacher_saw_while_writing_is_not_scored_again(pairs, batch, fr
     # a target that can no more than turn states into logits
     blind = jax.tree.map(lambda w: np.full_like(w, np.nan), pair.target_params)
     blind["head"] = pair.target_params["head"]
-    update = jax.jit(make_update(pair.draft, pair.target, recipe, optax.sgd(RATE)))
+    update = jax.jit(make_update(pair.draft, pair.target, recipe, optax.sgd(RATE), micro_batches=2))
     state, metrics = update(fresh_state(kind), blind, written)
     loss, params = descended(plain_forward_kl, pair, written)
     close(state.params, params)

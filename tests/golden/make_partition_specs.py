@@ -3,7 +3,7 @@
     python tests/golden/make_partition_specs.py
 
 A change of this file is a change of where weights lie on a pod; the diff is the review. Layers of
-a stack are alike: two are looked at, and stand as `layers_*`.
+a stack are alike, and stand as `layers_*`.
 """
 
 import dataclasses
@@ -24,13 +24,16 @@ FILE = Path(__file__).with_name("partition_specs.json")
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 4, 4)]  # data, fsdp, tensor
 
 
-def splits():
-    """{preset: {"parameters": {path: [spec, whole shape]}, "meshes": {mesh: {path: shard}}}}."""
-    return {name: _of_preset(PRESETS[name]) for name in sorted(PRESETS)}
+def splits(most_layers=None):
+    """{preset: {"parameters": {path: [spec, whole shape]}, "meshes": {mesh: {path: shard}}}}.
+
+    `most_layers` of each stack are looked at, all without it.
+    """
+    return {name: _of_preset(PRESETS[name], most_layers) for name in sorted(PRESETS)}
 
 
-def _of_preset(config):
-    model = Transformer(_short(config))
+def _of_preset(config, most_layers):
+    model = Transformer(config if most_layers is None else _shortened(config, most_layers))
     shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     leaves = jax.tree_util.tree_leaves_with_path(shapes)
     specs = jax.tree.leaves(partition_specs(model), is_leaf=lambda x: isinstance(x, PartitionSpec))
@@ -47,10 +50,10 @@ def _of_preset(config):
     return {"parameters": parameters, "meshes": meshes}
 
 
-def _short(config):
-    """Two layers of each stack: the first, which may hold more, and one like all the others."""
-    stacks = ("num_encoder_layers", "num_decoder_layers")
-    return dataclasses.replace(config, **{name: min(2, getattr(config, name)) for name in stacks})
+def _shortened(config, most_layers):
+    depths = {name: getattr(config, name) for name in ("num_encoder_layers", "num_decoder_layers")}
+    depths = {name: min(most_layers, depth) for name, depth in depths.items()}
+    return dataclasses.replace(config, **depths)
 
 
 def _on_mesh(config, found, sizes):
