@@ -21,6 +21,11 @@ shift 2
 make_environment ''
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 
+# Line by line: sed would hold lines back until it has some thousand bytes.
+mark() {
+  while IFS= read -r line || [ -n "$line" ]; do printf '[%s] %s\n' "$1" "$line"; done
+}
+
 pids=()
 for ((host = 0; host < hosts; host++)); do
   command=(env "JAX_COORDINATOR_ADDRESS=localhost:$port" "DISTILLSPEC_HOSTS=$hosts"
@@ -28,7 +33,7 @@ for ((host = 0; host < hosts; host++)); do
   if [ -n "$dry_run" ]; then
     echo "${command[@]}"
   else
-    "${command[@]}" > >(sed "s/^/[$host] /") 2> >(sed "s/^/[$host] /" >&2) &
+    "${command[@]}" > >(mark "$host") 2> >(mark "$host" >&2) &
     pids+=($!)
   fi
 done
