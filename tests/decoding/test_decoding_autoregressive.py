@@ -1,6 +1,7 @@
 """Plain decoding of tiny models of both kinds."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,19 @@ def test_calls_of_equal_shape_compile_once(pair, prompts):
         inputs, ids = np.roll(prompts, seed, axis=0), np.arange(len(prompts)) + seed
         sample(pair, inputs, row_ids=ids, max_new_tokens=7)
     assert autoregressive._compiled_generate._cache_size() == before + 1
+
+
+def test_a_step_does_not_copy_the_cache(pair, prompts):
+    """Each layer's buffers are written in place: their copies would make long texts slow."""
+    arguments = (pair.target, pair.target_params, prompts[:1], RNG)
+    settings = {"sampling": Sampling(temperature=0), "max_new_tokens": LIMIT}
+    compiled = autoregressive._compiled_generate.lower(*arguments, **settings).compile().as_text()
+    config = pair.target.config
+    room = LIMIT if config.is_encoder_decoder else LIMIT + prompts.shape[1]
+    buffer = rf"f32\[1,{config.num_heads},{room},{config.head_dim}\]"
+    loop, _ = compiled.split("\nENTRY ")
+    assert re.search(rf"= {buffer}\S* fusion\(", loop)
+    assert not re.search(rf"= {buffer}\S* copy\(", loop)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), SAMPLING], ids=["greedy", "sampled"])
