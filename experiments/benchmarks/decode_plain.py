@@ -24,6 +24,7 @@ GREEDY = Sampling(temperature=0.0)
 
 HEADLINES = ("plain_over_huggingface", "plain_over_weight_read", "fraction_of_bandwidth")
 OF_A_LENGTH = "milliseconds_per_token"
+GROWTH = "longest_over_shortest_per_token"
 
 
 def measure(config: Config, seed: int, has_peers: bool) -> Found:
@@ -44,6 +45,8 @@ def measure(config: Config, seed: int, has_peers: bool) -> Found:
                 if new_tokens == config.new_tokens[0]:
                     for key in HEADLINES:
                         summary |= _named(row, key, key + place)
+            growth = run.growth(batch_size)
+            summary |= _named(growth, GROWTH, f"{GROWTH}_batch{batch_size}{suffix}")
     counts = ("equal_tokens", "compared_tokens")
     summary |= {key: sum(row[key] for row in records) for key in counts if has_peers}
     summary["compilations_per_shape"] = max(row["compilations"] for row in records)
@@ -114,17 +117,11 @@ class _Run:
 
     def measure(self, batch_size: int, new_tokens: int) -> Row:
         """Everything about one batch size and length."""
-        rng = np.random.default_rng(self._seed)
-        shape = batch_size, self._config.input_length
-        inputs = rng.integers(2, self._model.config.num_pieces, shape).astype(np.int32)
-        key = jax.random.key(self._seed)  # greedy decoding does not look at it
+        inputs = self._inputs(batch_size)
         texts: dict[str, np.ndarray] = {}
 
         def plain() -> None:
-            output = _generate(
-                self._model, self._params, inputs, key, sampling=GREEDY, max_new_tokens=new_tokens
-            )
-            texts["plain"] = np.asarray(output.tokens)
+            texts["plain"] = np.asarray(self._plain(inputs, new_tokens))
 
         def huggingface() -> None:
             texts["huggingface"], _ = self._peer.generate(inputs, new_tokens)
@@ -149,6 +146,30 @@ class _Run:
             row["equal_tokens"] = int(np.sum(texts["plain"] == texts["huggingface"]))
             row["compared_tokens"] = texts["plain"].size
         return row
+
+    def growth(self, batch_size: int) -> Row:
+        """Time of a token at the longest limit over that at the shortest, both in every round."""
+        inputs = self._inputs(batch_size)
+        lengths = min(self._config.new_tokens), max(self._config.new_tokens)
+        calls: dict[str, Callable[[], Any]] = {
+            f"plain {length}": functools.partial(self._plain, inputs, length) for length in lengths
+        }
+        calls["encode"] = lambda: _start(self._model, self._params, inputs, lengths[0])
+        timings = side_by_side(calls, repeats=self._config.rounds, seed=self._seed)
+        source = timings["encode"].seconds
+        short, long = ((timings[f"plain {n}"].seconds - source) / n for n in lengths)
+        return ratio(GROWTH, long, short)
+
+    def _inputs(self, batch_size: int) -> np.ndarray:
+        shape = batch_size, self._config.input_length
+        rng = np.random.default_rng(self._seed)
+        return rng.integers(2, self._model.config.num_pieces, shape).astype(np.int32)
+
+    def _plain(self, inputs: np.ndarray, new_tokens: int) -> jax.Array:
+        """Texts [B, new_tokens]; greedy decoding does not look at the key."""
+        key = jax.random.key(self._seed)
+        settings = {"sampling": GREEDY, "max_new_tokens": new_tokens}
+        return _generate(self._model, self._params, inputs, key, **settings).tokens
 
     def _figures(self, timings: Mapping[str, Timing], batch_size: int, new_tokens: int) -> Row:
         """Ratios of the rounds. The time of a token is without the reading of the source."""

@@ -39,6 +39,7 @@ DRAFTED = dataclasses.replace(
 FIGURES = (
     *("plain_over_weight_read_batch1", "plain_over_weight_read_batch3_draft"),
     *("milliseconds_per_token_length4_batch1", "milliseconds_per_token_length7_batch3_draft"),
+    *("longest_over_shortest_per_token_batch1", "longest_over_shortest_per_token_batch3_draft"),
 )
 DRAWN = (
     *("speculative_over_plain", "speculative_over_prediction", "block_efficiency"),
@@ -99,6 +100,20 @@ def test_the_time_of_a_token_is_without_the_source():
     assert found["compile_seconds"] == 4
     weights = decode_plain.decoder_bytes(run._model, run._params) / 2**20  # in blocks read
     assert found["plain_over_weight_read"] == pytest.approx(3 / (weights * 0.5), rel=1e-6)
+
+
+def test_the_growth_with_the_length_is_of_each_round(monkeypatch):
+    run = object.__new__(decode_plain._Run)
+    run._config = dataclasses.replace(PLAIN, new_tokens=(8, 4, 6))
+    run._model, run._seed = Transformer(preset("cpu_draft")), 0
+    seconds = {"plain 4": [5.0, 9.0, 5.0], "plain 8": [17.0, 17.0, 25.0], "encode": [1.0] * 3}
+    timings = {name: Timing(np.array(each), 11.0) for name, each in seconds.items()}
+    monkeypatch.setattr(
+        decode_plain, "side_by_side", lambda calls, **_: {n: timings[n] for n in calls}
+    )
+    found = run.growth(batch_size=2)
+    assert found["longest_over_shortest_per_token"] == 2
+    assert found["longest_over_shortest_per_token_spread"] == [1, 3]
 
 
 def test_the_prediction_is_tau_over_what_a_block_costs():
