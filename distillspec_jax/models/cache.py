@@ -1,8 +1,8 @@
 """The cache of keys and values: an explicit pytree with one length per row.
 
 Rolling back is lowering a length. Entries past a row's length are stale: the causal bias masks
-them (their position is after every query), and they are zeroed before a product reads them, so
-not even a NaN among them can reach a token.
+them (their position is after every query), and their values are zeroed before they are summed,
+so not even a NaN among them can reach a token.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ def append(
 ) -> tuple[KeysValues, KeysValues]:
     """Writes a block's keys and values into one layer.
 
-    Returns ((keys, values) to attend, stale ones zeroed; (keys, values) to store). The bias masks
-    stale keys already; zeroed like the values they cost one pass, where XLA on a CPU would fuse
-    the write of a single row into the product that reads it and copy the buffer four times.
+    Returns ((keys, values) to attend, stale values zeroed; (keys, values) to store). Stale keys
+    need no zeros, for the bias masks them; but XLA on a CPU fuses the write of a single row into
+    the product that reads it and copies the buffer four times, where a mask costs one pass.
     """
     new_keys = write(cache.keys[layer], keys, cache.lengths)
     new_values = write(cache.values[layer], values, cache.lengths)
     fresh = jnp.arange(cache.room)[None, :] < (cache.lengths + keys.shape[2])[:, None]
     fresh = fresh[:, None, :, None]
-    attended = (jnp.where(fresh, new_keys, 0), jnp.where(fresh, new_values, 0))
-    return attended, (new_keys, new_values)
+    attended_keys = jnp.where(fresh, new_keys, 0) if keys.shape[0] == 1 else new_keys
+    return (attended_keys, jnp.where(fresh, new_values, 0)), (new_keys, new_values)
