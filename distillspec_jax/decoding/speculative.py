@@ -198,14 +198,7 @@ def advance(
     # Both caches keep the pending token and the accepted ones; frozen rows do not move.
     kept = per_draft(jnp.where(after.active, 1 + verdict.num_accepted, 0), s.num_drafts)
     target_cache = share_cache(target_cache, verdict.path, s.num_drafts)
-    # Only a row that keeps all it drafted needs the last of it in the draft's cache, too.
-    keeps_last = after.active & (verdict.num_accepted == draft.steps)
-    draft_cache = jax.lax.cond(
-        jnp.any(keeps_last),
-        lambda: feed(s.draft, draft_params, draft.cache, draft.last[:, None]),
-        lambda: draft.cache.replace(lengths=draft.cache.lengths + 1),
-    )
-    draft_cache = share_cache(draft_cache, verdict.path, s.num_drafts)
+    draft_cache = share_cache(draft.cache, verdict.path, s.num_drafts)
     return after.replace(
         target_cache=rollback(target_cache, state.target_cache.lengths + kept),
         draft_cache=rollback(draft_cache, state.draft_cache.lengths + kept),
@@ -215,7 +208,7 @@ def advance(
 def draft_block(
     speculation: Speculation, draft_params: Params, state: State, uniforms: Uniforms
 ) -> Draft:
-    """Drafts until every active row has stopped; the last token is not in the cache yet.
+    """Drafts until every active row has stopped, then feeds the last token for its cache alone.
 
     A row stops behind an end-of-sequence, at its allowance, or where `block_length` says so; all
     of them draft-side knowledge.
@@ -258,7 +251,9 @@ def draft_block(
         active=active,
         cache=state.draft_cache,
     )
-    return jax.lax.while_loop(some_row_drafts, step, empty)
+    draft = jax.lax.while_loop(some_row_drafts, step, empty)
+    # A row that keeps all it drafted needs its last token in the draft's cache, too.
+    return draft.replace(cache=feed(s.draft, draft_params, draft.cache, draft.last[:, None]))
 
 
 def verify(
