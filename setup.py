@@ -12,6 +12,7 @@ INSTALL = [
     "jax>=0.10,<0.13",
     "flax>=0.12",
     "optax>=0.2.5",
+    "llvmlite>=0.45",
     "orbax-checkpoint>=0.11",
     "grain>=0.2.12",
     "tensorflow-datasets>=4.9.9",

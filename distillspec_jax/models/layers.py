@@ -19,6 +19,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
+from distillspec_jax.models import cpu_product
 from distillspec_jax.models.config import ModelConfig
 
 KeysValues = tuple[jax.Array, jax.Array]  # each [B, N, S, H]
@@ -161,15 +162,41 @@ def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, bias: jax.Arr
     Softmax in float32. A masked key (bias NEG_INF) has weight exactly 0 even if it holds NaN,
     provided its value does not reach the second product: callers zero such values.
     """
-    logits = jnp.einsum("bnth,bnsh->bnts", queries, keys, preferred_element_type=jnp.float32)
+    logits = multiply_heads(queries, keys, transposed=True)
     logits = jnp.where(bias > NEG_INF / 2, logits + bias, NEG_INF)
     weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
-    return jnp.einsum("bnts,bnsh->bnth", weights, values)
+    return multiply_heads(weights, values)
+
+
+def multiply_heads(x: jax.Array, matrices: jax.Array, transposed: bool = False) -> jax.Array:
+    """x [B, N, T, K] by a matrix [K, F] of each head, or [F, K] transposed: [B, N, T, F].
+
+    Transposed in float32, as softmax takes it.
+    """
+    rows, flat = (array.reshape(-1, *array.shape[2:]) for array in (x, matrices))
+    if cpu_product.serves(rows, flat):
+        return cpu_product.product(rows, flat, transposed).reshape(*x.shape[:3], -1)
+    if transposed:
+        return jnp.einsum("bntk,bnfk->bntf", x, matrices, preferred_element_type=jnp.float32)
+    return jnp.einsum("bntk,bnkf->bntf", x, matrices)
+
+
+def multiply(
+    x: jax.Array, kernel: jax.Array, transposed: bool = False, dtype: Any = None
+) -> jax.Array:
+    """x [..., K] by a kernel [K, ...], or [F, K] transposed: [..., ...] of `dtype`, x's if None."""
+    flat = kernel[None] if transposed else kernel.reshape(1, kernel.shape[0], -1)
+    rows = x.reshape(1, -1, x.shape[-1])
+    if cpu_product.serves(rows, flat):
+        outputs = kernel.shape[:1] if transposed else kernel.shape[1:]
+        return cpu_product.product(rows, flat, transposed).reshape(*x.shape[:-1], *outputs)
+    axes = (-1, 1 if transposed else 0)
+    return jnp.tensordot(x, kernel, axes, preferred_element_type=dtype)
 
 
 def project(x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
     """[B, T, D] by [D, C, N, H] -> C arrays [B, N, T, H]."""
-    joint = jnp.einsum("btd,dcnh->btcnh", x, kernel)
+    joint = multiply(x, kernel)
     return [joint[:, :, c].swapaxes(1, 2) for c in range(kernel.shape[1])]
 
 
@@ -197,7 +224,7 @@ class _Attention(nn.Module):
         """
         heads = context.swapaxes(1, 2)
         kernel = self.out.reshape(-1, self.out.shape[-1])
-        return jnp.einsum("btk,kd->btd", heads.reshape(*heads.shape[:2], -1), kernel)
+        return multiply(heads.reshape(*heads.shape[:2], -1), kernel)
 
 
 class SelfAttention(_Attention):
@@ -251,9 +278,9 @@ class MLP(nn.Module):
         into = scaled_normal(scales, ("embed", None, "mlp"))
         wi = self.param("wi", into, (c.d_model, len(scales), c.d_ff)).astype(c.dtype)
         wo = self.param("wo", scaled_normal(c.d_ff**-0.5, ("mlp", "embed")), (c.d_ff, c.d_model))
-        joint = jnp.einsum("btd,dcf->btcf", x, wi)
+        joint = multiply(x, wi)
         hidden = ACTIVATION_FUNCTIONS[c.activation](joint[:, :, 0])
         if c.gated:
             hidden = hidden * joint[:, :, 1]
         hidden = nn.Dropout(c.dropout_rate)(hidden, deterministic=deterministic)
-        return hidden @ wo.astype(c.dtype)
+        return multiply(hidden, wo.astype(c.dtype))

@@ -29,6 +29,7 @@ from distillspec_jax.models.layers import (
     RMSNorm,
     SelfAttention,
     by_rows,
+    multiply,
     scaled_normal,
     whole_rows,
 )
@@ -170,13 +171,8 @@ class Transformer(nn.Module):
         c = self.config
         if c.scale_logits:
             hidden = hidden * c.d_model**-0.5
-        matrix, axes = (self.embedding, "vd") if c.tie_embeddings else (self.head, "dv")
-        logits = jnp.einsum(
-            f"...d,{axes}->...v",
-            hidden,
-            matrix.astype(c.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        matrix = self.embedding if c.tie_embeddings else self.head
+        logits = multiply(hidden, matrix.astype(c.dtype), c.tie_embeddings, jnp.float32)
         if c.num_pieces == c.vocab_size:
             return logits
         is_piece = jnp.arange(c.vocab_size) < c.num_pieces

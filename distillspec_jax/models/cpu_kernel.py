@@ -1,0 +1,370 @@
+"""A product of few rows for the host's own vector registers, which XLA calls as a foreign function.
+
+    for each strip of the weights' lines          32 lines: what prefetching can hold
+      for each group of rows                      8 of them
+        for each tile of outputs                  as many vectors as the registers hold
+          for each line of the strip              every weight is read once, in order
+            add x[row, line] * weights[line, tile] for each row of the group
+
+The threads of XLA's pool share the outputs. Transposed weights have a line for each output: there a
+tile is a few lines, and the sums of their vectors are taken at their ends. LLVM's intermediate code
+is built by llvmlite and compiled at the first use of a number of rows, in about 0.1 s.
+
+Shapes: G products of M rows, K inputs, F outputs; x [G, M, K], weights [G, K, F] or, transposed,
+[G, F, K], y [G, M, F], all float32. A tile reads whole vectors: F, transposed K, is a multiple of
+`LANES`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import llvmlite.binding as llvm
+from llvmlite import ir
+
+GROUP = 8  # rows whose outputs share the registers
+STRIP = 32
+SHARED = 2**16  # weights: fewer are not worth waking a second thread for
+
+_FEATURES = llvm.get_host_cpu_features()
+LANES = 16 if _FEATURES.get("avx512f") else 8 if _FEATURES.get("avx2") else 4  # float32 a register
+REGISTERS = 16 if LANES == 8 else 32
+
+BYTE, INT, LONG, VOID = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.VoidType()
+FLOAT, POINTER = ir.FloatType(), BYTE.as_pointer()
+VECTOR = ir.VectorType(FLOAT, LANES)
+NULL, ZERO = POINTER(None), ir.Constant(VECTOR, [0.0] * LANES)
+
+# Byte offsets in XLA's foreign function interface, version 0 (jaxlib/include/xla/ffi/api/c_api.h),
+# whose structures grow at their ends only.
+VERSION, ASKS_VERSION = (0, 1), 1
+KIND, METADATA, MAJOR, MINOR = 8, 24, 24, 28  # of an extension; of the metadata it asks for
+EXTENSION, API, CONTEXT, ARGUMENTS, RESULTS = 8, 16, 24, 72, 112  # of a call
+SCHEDULE, COUNT_THREADS = 136, 144  # of the API
+DATA, DIMENSIONS = 24, 40  # of a buffer
+
+# Of a job, which lives until the last thread lets go of it.
+X, WEIGHTS, Y, ROWS, INPUTS, OUTPUTS, PART, SPLITS, PARTS, NEXT, DONE, HOLDERS = range(0, 96, 8)
+JOB_BYTES = 96
+
+
+_ENGINES: list[Any] = []  # they own the compiled code
+_LOCK = threading.Lock()
+
+
+def register(rows: int, transposed: bool) -> str:
+    """Compiles the kernel for so many rows unless it is there; the name that XLA knows it by."""
+    group = min(rows, GROUP)
+    with _LOCK:
+        return _registered(group, rows % group, transposed)
+
+
+@functools.cache
+def _registered(group: int, rest: int, transposed: bool) -> str:
+    name = f"distillspec_product_{group}_{rest}" + ("_transposed" if transposed else "")
+    machine = _machine()
+    module = llvm.parse_assembly(str(_Kernel(name, group, rest, transposed).module))
+    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(3))
+    passes.getModulePassManager().run(module, passes)
+    engine = llvm.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    _ENGINES.append(engine)
+    handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(engine.get_function_address(name))
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
+    return name
+
+
+def _machine() -> Any:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    target = llvm.Target.from_default_triple()
+    name = llvm.get_host_cpu_name()
+    return target.create_target_machine(name, _FEATURES.flatten(), opt=3)
+
+
+_flat = itertools.chain.from_iterable
+
+
+class _Kernel:
+    """LLVM's intermediate code of one kernel, as three functions.
+
+        handler(call)  what XLA calls: asks for help, works, waits for the parts of others
+        help(job)      what a thread of XLA's pool runs: works and lets go
+        work(job)      takes parts of the outputs until none is left
+
+    A thread that comes late finds no part left, and nobody waits for it: the pool may be busy.
+    """
+
+    def __init__(self, name: str, group: int, rest: int, transposed: bool) -> None:
+        self.module = ir.Module(name)
+        self.group, self.rest, self.transposed = group, rest, transposed
+        vectors = max(1, min(4, (REGISTERS - 1) // (group + 1)))  # of a tile, for each row
+        self.wide = vectors if transposed else vectors * LANES
+        self.work = self._function("work", VOID, [POINTER])
+        self._build_work()
+        self.help = self._function("help", VOID, [POINTER])
+        self._build_help()
+        self._build_handler(self._function(name, POINTER, [POINTER]))
+
+    def _function(self, name: str, result: Any, arguments: list[Any]) -> Any:
+        known = self.module.globals.get(name)
+        return known or ir.Function(self.module, ir.FunctionType(result, arguments), name)
+
+    def _enter(self, function: Any) -> Any:
+        self.code = ir.IRBuilder(function.append_basic_block())
+        return function.args[0]
+
+    def _field(self, base: Any, offset: int, kind: Any = None) -> Any:
+        """The place of a field, as a pointer to `kind`, a pointer if None."""
+        place = self.code.gep(base, [LONG(offset)])
+        return self.code.bitcast(place, (kind or POINTER).as_pointer())
+
+    def _get(self, base: Any, offset: int, kind: Any = None) -> Any:
+        return self.code.load(self._field(base, offset, kind))
+
+    def _build_handler(self, handler: Any) -> None:
+        call, code = self._enter(handler), self.code
+        extension = self._get(call, EXTENSION)
+        with code.if_then(code.icmp_unsigned("!=", extension, NULL)):
+            kind = self._get(extension, KIND, INT)
+            with code.if_then(code.icmp_unsigned("==", kind, INT(ASKS_VERSION))):
+                metadata = self._get(extension, METADATA)
+                for offset, number in zip((MAJOR, MINOR), VERSION, strict=True):
+                    code.store(INT(number), self._field(metadata, offset, INT))
+                code.ret(NULL)
+
+        job = code.call(self._function("malloc", POINTER, [LONG]), [LONG(JOB_BYTES)])
+        arguments, results = self._get(call, ARGUMENTS), self._get(call, RESULTS)
+        x, weights, y = self._get(arguments, 0), self._get(arguments, 8), self._get(results, 0)
+        for buffer, offset in ((x, X), (weights, WEIGHTS), (y, Y)):
+            code.store(self._get(buffer, DATA), self._field(job, offset))
+        rows = self._get(self._get(x, DIMENSIONS), 8, LONG)
+        sizes = self._get(weights, DIMENSIONS)
+        products, inputs, outputs = (self._get(sizes, at, LONG) for at in (0, 8, 16))
+        if self.transposed:
+            inputs, outputs = outputs, inputs
+        threads = self._threads(call, code.mul(products, code.mul(inputs, outputs)))
+        # a product is split where there are fewer of them than threads
+        alone = code.icmp_unsigned("<", products, threads)
+        splits = code.select(alone, threads, LONG(1))
+        part = code.mul(self._ceil(self._ceil(outputs, LONG(self.wide)), splits), LONG(self.wide))
+        splits = self._ceil(outputs, part)
+        parts = code.mul(products, splits)
+        numbers = {ROWS: rows, INPUTS: inputs, OUTPUTS: outputs, HOLDERS: threads}
+        numbers |= {PART: part, SPLITS: splits, PARTS: parts, NEXT: LONG(0), DONE: LONG(0)}
+        for offset, value in numbers.items():
+            code.store(value, self._field(job, offset, LONG))
+
+        schedule = self._get(self._get(call, API), SCHEDULE)
+        fields = [LONG(40), NULL, self._get(call, CONTEXT), code.bitcast(self.help, POINTER), job]
+        with self._loop(LONG(1), threads, 1):
+            self._call_api(schedule, fields)
+        code.call(self.work, [job])
+        waiting, finished = code.append_basic_block(), code.append_basic_block()
+        code.branch(waiting)
+        code.position_at_end(waiting)
+        done = code.load_atomic(self._field(job, DONE, LONG), "acquire", 8)
+        code.cbranch(code.icmp_unsigned("<", done, parts), waiting, finished)
+        code.position_at_end(finished)
+        self._let_go(job)
+        code.ret(NULL)
+
+    def _ceil(self, number: Any, by: Any) -> Any:
+        code = self.code
+        return code.udiv(code.sub(code.add(number, by), LONG(1)), by)
+
+    def _threads(self, call: Any, size: Any) -> Any:
+        """How many threads share a product with `size` weights."""
+        code = self.code
+        with code.goto_entry_block():
+            count = code.alloca(LONG)
+        code.store(LONG(1), count)
+        with code.if_then(code.icmp_unsigned(">=", size, LONG(SHARED))):
+            ask = self._get(self._get(call, API), COUNT_THREADS)
+            place = code.bitcast(count, POINTER)
+            self._call_api(ask, [LONG(32), NULL, self._get(call, CONTEXT), place])
+        return code.load(count)
+
+    def _call_api(self, function: Any, fields: list[Any]) -> None:
+        """Calls one of XLA's functions with a structure of eight-byte fields."""
+        code = self.code
+        with code.goto_entry_block():
+            structure = code.bitcast(code.alloca(LONG, len(fields)), POINTER)
+        for index, value in enumerate(fields):
+            code.store(value, self._field(structure, 8 * index, value.type))
+        kind = ir.FunctionType(POINTER, [POINTER])
+        code.call(code.bitcast(function, kind.as_pointer()), [structure])
+
+    def _build_help(self) -> None:
+        job = self._enter(self.help)
+        self.code.call(self.work, [job])
+        self._let_go(job)
+        self.code.ret_void()
+
+    def _let_go(self, job: Any) -> None:
+        code = self.code
+        holders = code.atomic_rmw("sub", self._field(job, HOLDERS, LONG), LONG(1), "acq_rel")
+        with code.if_then(code.icmp_unsigned("==", holders, LONG(1))):
+            code.call(self._function("free", VOID, [POINTER]), [job])
+
+    def _build_work(self) -> None:
+        job, code = self._enter(self.work), self.code
+        self.rows, self.inputs, self.outputs = (
+            self._get(job, at, LONG) for at in (ROWS, INPUTS, OUTPUTS)
+        )
+        part, splits, parts = (self._get(job, at, LONG) for at in (PART, SPLITS, PARTS))
+        taking, working, leaving = (code.append_basic_block() for _ in range(3))
+        code.branch(taking)
+        code.position_at_end(taking)
+        taken = code.atomic_rmw("add", self._field(job, NEXT, LONG), LONG(1), "monotonic")
+        code.cbranch(code.icmp_unsigned("<", taken, parts), working, leaving)
+        code.position_at_end(working)
+        number, split = code.udiv(taken, splits), code.urem(taken, splits)
+        sizes = {
+            X: code.mul(self.rows, self.inputs),
+            WEIGHTS: code.mul(self.inputs, self.outputs),
+            Y: code.mul(self.rows, self.outputs),
+        }
+        self.x, self.weights, self.y = (
+            code.gep(self._get(job, at, FLOAT.as_pointer()), [code.mul(number, size)])
+            for at, size in sizes.items()
+        )
+        first = code.mul(split, part)
+        last = self._least(code.add(first, part), self.outputs)
+        (self._lines if self.transposed else self._columns)(first, last)
+        code.atomic_rmw("add", self._field(job, DONE, LONG), LONG(1), "release")
+        code.branch(taking)
+        code.position_at_end(leaving)
+        code.ret_void()
+
+    def _least(self, a: Any, b: Any) -> Any:
+        return self.code.select(self.code.icmp_unsigned("<", a, b), a, b)
+
+    def _of_rows(self, build: Callable[[Any, int], None]) -> None:
+        """build(row, count) for `count` rows from `row` on, group by group, and for the rest."""
+        whole = self.code.sub(self.rows, LONG(self.rest))
+        with self._loop(LONG(0), whole, self.group) as row:
+            build(row, self.group)
+        if self.rest:
+            build(whole, self.rest)
+
+    def _lines(self, first: Any, last: Any) -> None:
+        """Outputs first..last of transposed weights, a few lines of them at a time."""
+        code = self.code
+        whole = code.sub(last, code.urem(code.sub(last, first), LONG(self.wide)))
+        for start, stop, lines in ((first, whole, self.wide), (whole, last, 1)):
+            with self._loop(start, stop, lines) as line:
+                self._of_rows(functools.partial(self._dots, line, lines))
+
+    def _dots(self, line: Any, lines: int, row: Any, rows: int) -> None:
+        """Some rows times some lines of the weights, each sum in a vector until its end."""
+        code = self.code
+        sums = self._sums(rows, lines)
+        for total in _flat(sums):
+            code.store(ZERO, total)
+        starts = [code.mul(code.add(line, LONG(i)), self.inputs) for i in range(lines)]
+        mine = [code.mul(code.add(row, LONG(i)), self.inputs) for i in range(rows)]
+        with self._loop(LONG(0), self.inputs, LANES) as k:
+            weights = [self._load(self.weights, code.add(start, k)) for start in starts]
+            for start, totals in zip(mine, sums, strict=True):
+                self._add(self._load(self.x, code.add(start, k)), weights, totals)
+        name = f"llvm.vector.reduce.fadd.v{LANES}f32"
+        reduce = self._function(name, FLOAT, [FLOAT, VECTOR])
+        for i, totals in enumerate(sums):
+            place = code.add(code.mul(code.add(row, LONG(i)), self.outputs), line)
+            for j, total in enumerate(totals):
+                value = code.call(reduce, [FLOAT(0), code.load(total)], fastmath=("reassoc",))
+                code.store(value, code.gep(self.y, [code.add(place, LONG(j))]))
+
+    def _columns(self, first: Any, last: Any) -> None:
+        """Outputs first..last, strip by strip; in a strip, tile by tile."""
+        code = self.code
+        whole = code.sub(last, code.urem(code.sub(last, first), LONG(self.wide)))
+
+        def tiles(row: Any, rows: int) -> None:
+            for start, stop, width in ((first, whole, self.wide), (whole, last, LANES)):
+                with self._loop(start, stop, width) as column:
+                    self._tile(strip, end, column, width, row, rows)
+
+        with self._loop(LONG(0), self.inputs, STRIP) as strip:
+            end = self._least(code.add(strip, LONG(STRIP)), self.inputs)
+            self._of_rows(tiles)
+
+    def _tile(self, strip: Any, end: Any, column: Any, width: int, row: Any, rows: int) -> None:
+        """Adds what the weights' lines strip..end give to `width` outputs of some rows."""
+        code = self.code
+        offsets = range(0, width, LANES)
+        sums = self._sums(rows, len(offsets))
+        mine = [code.add(row, LONG(i)) for i in range(rows)]
+        lines = [code.add(code.mul(each, self.outputs), column) for each in mine]
+        places = [self._vector(self.y, line, offset) for line in lines for offset in offsets]
+        begins = code.icmp_unsigned("==", strip, LONG(0))
+        for place, total in zip(places, _flat(sums), strict=True):
+            code.store(code.select(begins, ZERO, code.load(place, align=4)), total)
+        starts = [code.mul(each, self.inputs) for each in mine]
+        with self._loop(strip, end, 1) as k:
+            line = code.add(code.mul(k, self.outputs), column)
+            weights = [self._load(self.weights, line, offset) for offset in offsets]
+            for offset in range(width, 2 * width, 16):  # the next tile's, a cache line each
+                self._prefetch(code.gep(self.weights, [code.add(line, LONG(offset))]))
+            for start, totals in zip(starts, sums, strict=True):
+                x = self._spread(code.load(code.gep(self.x, [code.add(start, k)])))
+                self._add(x, weights, totals)
+        for place, total in zip(places, _flat(sums), strict=True):
+            code.store(code.load(total), place, align=4)
+
+    def _sums(self, rows: int, count: int) -> list[list[Any]]:
+        """Places for `count` vectors a row, which LLVM turns into registers."""
+        with self.code.goto_entry_block():
+            return [[self.code.alloca(VECTOR) for _ in range(count)] for _ in range(rows)]
+
+    def _add(self, x: Any, weights: list[Any], totals: list[Any]) -> None:
+        for part, total in zip(weights, totals, strict=True):
+            self.code.store(self._fma(x, part, self.code.load(total)), total)
+
+    def _vector(self, base: Any, index: Any, offset: int = 0) -> Any:
+        place = self.code.gep(base, [self.code.add(index, LONG(offset))])
+        return self.code.bitcast(place, VECTOR.as_pointer())
+
+    def _load(self, base: Any, index: Any, offset: int = 0) -> Any:
+        return self.code.load(self._vector(base, index, offset), align=4)
+
+    def _spread(self, number: Any) -> Any:
+        """A vector that holds `number` in every lane."""
+        undefined = ir.Constant(VECTOR, ir.Undefined)
+        first = self.code.insert_element(undefined, number, INT(0))
+        lanes = ir.Constant(ir.VectorType(INT, LANES), [0] * LANES)
+        return self.code.shuffle_vector(first, undefined, lanes)
+
+    def _fma(self, a: Any, b: Any, c: Any) -> Any:
+        fma = self._function(f"llvm.fma.v{LANES}f32", VECTOR, [VECTOR] * 3)
+        return self.code.call(fma, [a, b, c])
+
+    def _prefetch(self, place: Any) -> None:
+        fetch = self._function("llvm.prefetch.p0", VOID, [POINTER, INT, INT, INT])
+        flags = [INT(flag) for flag in (0, 3, 1)]  # to read, to keep, data
+        self.code.call(fetch, [self.code.bitcast(place, POINTER), *flags])
+
+    @contextlib.contextmanager
+    def _loop(self, start: Any, end: Any, step: int) -> Iterator[Any]:
+        """for (index = start; index < end; index += step) around what the caller builds."""
+        code = self.code
+        before = code.block
+        head, body, after = (code.append_basic_block() for _ in range(3))
+        code.branch(head)
+        code.position_at_end(head)
+        index = code.phi(LONG)
+        index.add_incoming(start, before)
+        code.cbranch(code.icmp_unsigned("<", index, end), body, after)
+        code.position_at_end(body)
+        yield index
+        index.add_incoming(code.add(index, LONG(step)), code.block)
+        code.branch(head)
+        code.position_at_end(after)

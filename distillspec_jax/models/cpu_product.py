@@ -1,0 +1,71 @@
+"""Products of a few rows with matrices on a CPU: what decoding consists of.
+
+Reading the weights is the cost, so they should be read once, in order, by all cores. XLA reads them
+with one core for a single row, and packs them anew at each product of more. The kernel in
+`cpu_kernel` does what the cost asks for; elsewhere, for other sizes, on a mesh of several devices
+and without llvmlite XLA's own product serves.
+
+Shapes: G products of M rows, K inputs, F outputs; x [G, M, K], weights [G, K, F] or, transposed,
+[G, F, K], y [G, M, F], all float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+try:
+    from distillspec_jax.models import cpu_kernel
+except ImportError:  # llvmlite has no wheel for this platform
+    cpu_kernel = None  # type: ignore[assignment]
+
+OFF = "DISTILLSPEC_XLA_PRODUCTS"  # set in the environment: XLA's own products everywhere
+MAX_ROWS = 48  # from about 64 rows on XLA's packing pays
+
+
+def serves(x: jax.Array, weights: jax.Array) -> bool:
+    """Whether `product` takes x and weights, and gains by it."""
+    if cpu_kernel is None or os.environ.get(OFF):
+        return False
+    mesh = jax.sharding.get_abstract_mesh()
+    return (
+        x.dtype == weights.dtype == jnp.float32
+        and x.shape[1] <= MAX_ROWS
+        and (x.shape[1] > 1 or weights.size >= cpu_kernel.SHARED)
+        and weights.shape[-1] % cpu_kernel.LANES == 0
+        and (mesh.empty or mesh.size == 1)
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x: jax.Array, weights: jax.Array, transposed: bool = False) -> jax.Array:
+    """x weights, or x weights^T if transposed, for what `serves` says yes to: [G, M, F]."""
+    call = functools.partial(_call, transposed=transposed)
+    plain = functools.partial(_plain, transposed=transposed)
+    return jax.lax.platform_dependent(x, weights, cpu=call, default=plain)
+
+
+def _plain(x: jax.Array, weights: jax.Array, transposed: bool) -> jax.Array:
+    return jnp.einsum("gmk,gfk->gmf" if transposed else "gmk,gkf->gmf", x, weights)
+
+
+def _forward(x: jax.Array, weights: jax.Array, transposed: bool) -> tuple[jax.Array, Any]:
+    return product(x, weights, transposed), (x, weights)
+
+
+def _backward(transposed: bool, saved: Any, grads: jax.Array) -> tuple[jax.Array, ...]:
+    return jax.vjp(functools.partial(_plain, transposed=transposed), *saved)[1](grads)
+
+
+product.defvjp(_forward, _backward)
+
+
+def _call(x: jax.Array, weights: jax.Array, transposed: bool) -> jax.Array:
+    outputs = weights.shape[1 if transposed else 2]
+    shape = jax.ShapeDtypeStruct((*x.shape[:2], outputs), jnp.float32)
+    name = cpu_kernel.register(x.shape[1], transposed)
+    return jax.ffi.ffi_call(name, shape, vmap_method="sequential")(x, weights)

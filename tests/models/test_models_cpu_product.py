@@ -1,0 +1,159 @@
+"""The CPU's own product: values, gradients, what it is used for, and that nothing leaks into it."""
+
+import concurrent.futures
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from distillspec_jax.models import cpu_product, transformer
+from distillspec_jax.models.config import ModelConfig
+from distillspec_jax.models.transformer import Transformer
+
+cpu_kernel = pytest.importorskip("distillspec_jax.models.cpu_kernel")
+
+PRODUCT = jax.jit(cpu_product.product, static_argnums=2)
+LANES = cpu_kernel.LANES
+CONFIG = ModelConfig(
+    name="vectors",
+    vocab_size=6 * LANES,
+    d_model=2 * LANES,
+    num_heads=3,
+    head_dim=LANES,
+    d_ff=5 * LANES,
+    num_encoder_layers=1,
+    num_decoder_layers=2,
+)
+
+
+def arrays(products, rows, inputs, outputs, transposed):
+    rng = np.random.default_rng([products, rows, inputs, outputs])
+    shape = (products, *((outputs, inputs) if transposed else (inputs, outputs)))
+    return (
+        rng.normal(size=(products, rows, inputs)).astype(np.float32),
+        rng.normal(size=shape).astype(np.float32),
+    )
+
+
+def exact(x, weights, transposed):
+    weights = weights.swapaxes(1, 2) if transposed else weights
+    return x.astype(np.float64) @ weights.astype(np.float64)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["columns", "lines"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 8, 9, 21, 40])
+@pytest.mark.parametrize(
+    ("products", "inputs", "outputs"),
+    [
+        (1, LANES, LANES),  # one vector
+        (1, 7 * LANES, 13 * LANES),  # strips and tiles with rests
+        (1, 16 * LANES, 67 * LANES),  # shared by threads
+        (5, 2 * LANES, 3 * LANES),
+        (37, 8 * LANES, 20 * LANES),  # threads share whole products
+    ],
+)
+def test_values(products, rows, inputs, outputs, transposed):
+    x, weights = arrays(products, rows, inputs, outputs, transposed)
+    found = PRODUCT(x, weights, transposed)
+    np.testing.assert_allclose(found, exact(x, weights, transposed), atol=2e-4)
+
+
+def test_sides_that_are_no_vectors_need_not_be():
+    """Inputs of columns, outputs of lines and rows may have any size."""
+    for transposed, inputs, outputs in ((False, 13, 3 * LANES), (True, 3 * LANES, 13)):
+        x, weights = arrays(2, 5, inputs, outputs, transposed)
+        found = PRODUCT(x, weights, transposed)
+        np.testing.assert_allclose(found, exact(x, weights, transposed), atol=1e-4)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["columns", "lines"])
+def test_a_row_has_the_same_bits_in_any_company(transposed):
+    x, weights = arrays(1, 21, 16 * LANES, 67 * LANES, transposed)
+    whole = np.asarray(PRODUCT(x, weights, transposed))
+    for rows in (slice(0, 1), slice(3, 8), slice(8, 17), slice(20, 21)):
+        np.testing.assert_array_equal(PRODUCT(x[:, rows], weights, transposed), whole[:, rows])
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["columns", "lines"])
+def test_nan_stays_in_its_row(transposed):
+    x, weights = arrays(1, 9, 2 * LANES, 4 * LANES, transposed)
+    x[0, 4, 3] = np.nan
+    broken = np.isnan(PRODUCT(x, weights, transposed)).all(axis=(0, 2))
+    assert broken.tolist() == [row == 4 for row in range(9)]
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["columns", "lines"])
+def test_gradients_are_those_of_the_plain_product(transposed):
+    x, weights = arrays(2, 5, 2 * LANES, 3 * LANES, transposed)
+
+    def loss(product, x, weights):
+        return jnp.sum(jnp.sin(product(x, weights)))
+
+    ours = functools.partial(cpu_product.product, transposed=transposed)
+    plain = functools.partial(
+        jnp.einsum, "gmk,gfk->gmf" if transposed else "gmk,gkf->gmf", precision="highest"
+    )
+    found = jax.grad(loss, argnums=(1, 2))(ours, x, weights)
+    wanted = jax.grad(loss, argnums=(1, 2))(plain, x, weights)
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_many_callers_at_once():
+    """More callers than cores: threads come late, and jobs must outlive their callers."""
+    x, weights = arrays(1, 8, 16 * LANES, 67 * LANES, False)
+    wanted = np.asarray(PRODUCT(x, weights, False))
+    devices = jax.devices()
+
+    def call(i):
+        placed = jax.device_put((x, weights), devices[i % len(devices)])
+        return [np.array_equal(PRODUCT(*placed, False), wanted) for _ in range(50)]
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert all(all(each) for each in pool.map(call, range(8)))
+
+
+def test_what_it_serves(monkeypatch):
+    x, weights = map(jnp.asarray, arrays(1, 4, 2 * LANES, 4 * LANES, False))
+    assert cpu_product.serves(x, weights)
+    assert not cpu_product.serves(x.astype(jnp.bfloat16), weights)
+    assert not cpu_product.serves(x, weights[..., 1:])
+    assert not cpu_product.serves(x[:, :1], weights), "one row of few weights is XLA's"
+    many = jnp.zeros((1, cpu_product.MAX_ROWS + 1, 2 * LANES))
+    assert not cpu_product.serves(many, weights)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        assert not cpu_product.serves(x, weights), "XLA splits its own products only"
+    monkeypatch.setenv(cpu_product.OFF, "1")
+    assert not cpu_product.serves(x, weights)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder-only"])
+def test_a_model_says_the_same_with_and_without_it(monkeypatch, kind, tied):
+    layers = 1 if kind == "encoder-decoder" else 0
+    config = dataclasses.replace(CONFIG, num_encoder_layers=layers, tie_embeddings=tied)
+    model = Transformer(config)
+    params = transformer.init_params(model, jax.random.key(0))
+    inputs = jnp.arange(2, 14).reshape(2, 6)
+    blocks = jnp.arange(14, 24).reshape(2, 5)
+
+    def logits(params):
+        cache, _ = transformer.start(model, params, inputs, 8)
+        first, cache = transformer.extend(model, params, cache, blocks)
+        return first, transformer.extend(model, params, cache, blocks[:, :1])[0]
+
+    def compiled():
+        return jax.jit(lambda params: logits(params)).lower(params).compile()
+
+    with_it = compiled()
+    monkeypatch.setenv(cpu_product.OFF, "1")
+    without = compiled()
+    assert "distillspec_product" in with_it.as_text()
+    assert "distillspec_product" not in without.as_text()
+    for found, wanted in zip(with_it(params), without(params), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-4)
