@@ -1,8 +1,8 @@
 """The cache of keys and values: an explicit pytree with one length per row.
 
 Rolling back is lowering a length. Entries past a row's length are stale: the causal bias masks
-them (their position is after every query), and their values are zeroed before they are summed,
-so not even a NaN among them can reach a token.
+them (their position is after every query), and attention looks at none of them, so not even a NaN
+among them can reach a token.
 """
 
 from __future__ import annotations
@@ -61,18 +61,7 @@ def write(buffer: jax.Array, block: jax.Array, lengths: jax.Array) -> jax.Array:
     return at_row(buffer, block.astype(buffer.dtype), lengths)
 
 
-def append(
-    cache: Cache, layer: int, keys: jax.Array, values: jax.Array
-) -> tuple[KeysValues, KeysValues]:
-    """Writes a block's keys and values into one layer.
-
-    Returns ((keys, values) to attend, stale values zeroed; (keys, values) to store). Stale keys
-    need no zeros, for the bias masks them; but XLA on a CPU fuses the write of a single row into
-    the product that reads it and copies the buffer four times, where a mask costs one pass.
-    """
+def append(cache: Cache, layer: int, keys: jax.Array, values: jax.Array) -> KeysValues:
+    """One layer's keys and values with a block's written behind those of each row."""
     new_keys = write(cache.keys[layer], keys, cache.lengths)
-    new_values = write(cache.values[layer], values, cache.lengths)
-    fresh = jnp.arange(cache.room)[None, :] < (cache.lengths + keys.shape[2])[:, None]
-    fresh = fresh[:, None, :, None]
-    attended_keys = jnp.where(fresh, new_keys, 0) if keys.shape[0] == 1 else new_keys
-    return (attended_keys, jnp.where(fresh, new_values, 0)), (new_keys, new_values)
+    return new_keys, write(cache.values[layer], values, cache.lengths)

@@ -12,7 +12,8 @@ is built by llvmlite and compiled at the first use of a number of rows, in about
 
 Shapes: G products of M rows, K inputs, F outputs; x [G, M, K], weights [G, K, F] or, transposed,
 [G, F, K], y [G, M, F], all float32. A tile reads whole vectors: F, transposed K, is a multiple of
-`LANES`.
+`LANES`. A kernel with ends takes [G] int32, too: of each product only so many lines of the weights
+are read, and transposed the outputs behind them stay as they were.
 """
 
 from __future__ import annotations
@@ -51,26 +52,29 @@ SCHEDULE, COUNT_THREADS = 136, 144  # of the API
 DATA, DIMENSIONS = 24, 40  # of a buffer
 
 # Of a job, which lives until the last thread lets go of it.
-X, WEIGHTS, Y, ROWS, INPUTS, OUTPUTS, PART, SPLITS, PARTS, NEXT, DONE, HOLDERS = range(0, 96, 8)
-JOB_BYTES = 96
+X, WEIGHTS, Y, ROWS, INPUTS, OUTPUTS, PART, SPLITS, PARTS, NEXT, DONE, HOLDERS, ENDS = range(
+    0, 104, 8
+)
+JOB_BYTES = 104
 
 
 _ENGINES: list[Any] = []  # they own the compiled code
 _LOCK = threading.Lock()
 
 
-def register(rows: int, transposed: bool) -> str:
+def register(rows: int, transposed: bool, has_ends: bool) -> str:
     """Compiles the kernel for so many rows unless it is there; the name that XLA knows it by."""
     group = min(rows, GROUP)
     with _LOCK:
-        return _registered(group, rows % group, transposed)
+        return _registered(group, rows % group, transposed, has_ends)
 
 
 @functools.cache
-def _registered(group: int, rest: int, transposed: bool) -> str:
-    name = f"distillspec_product_{group}_{rest}" + ("_transposed" if transposed else "")
+def _registered(group: int, rest: int, transposed: bool, has_ends: bool) -> str:
+    name = f"distillspec_product_{group}_{rest}"
+    name += "_transposed" * transposed + "_ends" * has_ends
     machine = _machine()
-    module = llvm.parse_assembly(str(_Kernel(name, group, rest, transposed).module))
+    module = llvm.parse_assembly(str(_Kernel(name, group, rest, transposed, has_ends).module))
     passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(3))
     passes.getModulePassManager().run(module, passes)
     engine = llvm.create_mcjit_compiler(module, machine)
@@ -102,9 +106,10 @@ class _Kernel:
     A thread that comes late finds no part left, and nobody waits for it: the pool may be busy.
     """
 
-    def __init__(self, name: str, group: int, rest: int, transposed: bool) -> None:
+    def __init__(self, name: str, group: int, rest: int, transposed: bool, has_ends: bool) -> None:
         self.module = ir.Module(name)
-        self.group, self.rest, self.transposed = group, rest, transposed
+        self.group, self.rest = group, rest
+        self.transposed, self.has_ends = transposed, has_ends
         vectors = max(1, min(4, (REGISTERS - 1) // (group + 1)))  # of a tile, for each row
         self.wide = vectors if transposed else vectors * LANES
         self.work = self._function("work", VOID, [POINTER])
@@ -145,6 +150,8 @@ class _Kernel:
         x, weights, y = self._get(arguments, 0), self._get(arguments, 8), self._get(results, 0)
         for buffer, offset in ((x, X), (weights, WEIGHTS), (y, Y)):
             code.store(self._get(buffer, DATA), self._field(job, offset))
+        if self.has_ends:
+            code.store(self._get(self._get(arguments, 16), DATA), self._field(job, ENDS))
         rows = self._get(self._get(x, DIMENSIONS), 8, LONG)
         sizes = self._get(weights, DIMENSIONS)
         products, inputs, outputs = (self._get(sizes, at, LONG) for at in (0, 8, 16))
@@ -236,9 +243,16 @@ class _Kernel:
             code.gep(self._get(job, at, FLOAT.as_pointer()), [code.mul(number, size)])
             for at, size in sizes.items()
         )
+        self.lines = self.outputs if self.transposed else self.inputs
+        if self.has_ends:
+            end = code.load(code.gep(self._get(job, ENDS, INT.as_pointer()), [number]))
+            self.lines = self._least(code.sext(end, LONG), self.lines)
         first = code.mul(split, part)
-        last = self._least(code.add(first, part), self.outputs)
-        (self._lines if self.transposed else self._columns)(first, last)
+        if self.transposed:
+            last = self._least(code.add(first, part), self.lines)
+            self._lines(self._least(first, last), last)
+        else:
+            self._columns(first, self._least(code.add(first, part), self.outputs))
         code.atomic_rmw("add", self._field(job, DONE, LONG), LONG(1), "release")
         code.branch(taking)
         code.position_at_end(leaving)
@@ -293,8 +307,8 @@ class _Kernel:
                 with self._loop(start, stop, width) as column:
                     self._tile(strip, end, column, width, row, rows)
 
-        with self._loop(LONG(0), self.inputs, STRIP) as strip:
-            end = self._least(code.add(strip, LONG(STRIP)), self.inputs)
+        with self._loop(LONG(0), self.lines, STRIP) as strip:
+            end = self._least(code.add(strip, LONG(STRIP)), self.lines)
             self._of_rows(tiles)
 
     def _tile(self, strip: Any, end: Any, column: Any, width: int, row: Any, rows: int) -> None:

@@ -42,30 +42,49 @@ def serves(x: jax.Array, weights: jax.Array) -> bool:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def product(x: jax.Array, weights: jax.Array, transposed: bool = False) -> jax.Array:
-    """x weights, or x weights^T if transposed, for what `serves` says yes to: [G, M, F]."""
-    call = functools.partial(_call, transposed=transposed)
-    plain = functools.partial(_plain, transposed=transposed)
-    return jax.lax.platform_dependent(x, weights, cpu=call, default=plain)
+def product(
+    x: jax.Array, weights: jax.Array, transposed: bool = False, ends: jax.Array | None = None
+) -> jax.Array:
+    """x weights, or x weights^T if transposed, for what `serves` says yes to: [G, M, F].
+
+    With `ends` [G] int32, at least 1, only so many lines of each product's weights count: the rest
+    is not read, and transposed the outputs behind them are arbitrary.
+    """
+    arguments = (x, weights) if ends is None else (x, weights, ends)
+    call = functools.partial(_call, transposed)
+    plain = functools.partial(_plain, transposed)
+    return jax.lax.platform_dependent(*arguments, cpu=call, default=plain)
 
 
-def _plain(x: jax.Array, weights: jax.Array, transposed: bool) -> jax.Array:
+def _plain(
+    transposed: bool, x: jax.Array, weights: jax.Array, ends: jax.Array | None = None
+) -> jax.Array:
+    if ends is not None:
+        is_line = jnp.arange(weights.shape[1])[None] < ends[:, None]
+        weights = jnp.where(is_line[..., None], weights, 0)
     return jnp.einsum("gmk,gfk->gmf" if transposed else "gmk,gkf->gmf", x, weights)
 
 
-def _forward(x: jax.Array, weights: jax.Array, transposed: bool) -> tuple[jax.Array, Any]:
-    return product(x, weights, transposed), (x, weights)
+def _forward(
+    x: jax.Array, weights: jax.Array, transposed: bool, ends: jax.Array | None
+) -> tuple[jax.Array, Any]:
+    return product(x, weights, transposed, ends), (x, weights, ends)
 
 
-def _backward(transposed: bool, saved: Any, grads: jax.Array) -> tuple[jax.Array, ...]:
-    return jax.vjp(functools.partial(_plain, transposed=transposed), *saved)[1](grads)
+def _backward(transposed: bool, saved: Any, grads: jax.Array) -> tuple[jax.Array | None, ...]:
+    x, weights, ends = saved
+    plain = functools.partial(_plain, transposed, ends=ends)
+    return *jax.vjp(plain, x, weights)[1](grads), None
 
 
 product.defvjp(_forward, _backward)
 
 
-def _call(x: jax.Array, weights: jax.Array, transposed: bool) -> jax.Array:
+def _call(
+    transposed: bool, x: jax.Array, weights: jax.Array, ends: jax.Array | None = None
+) -> jax.Array:
     outputs = weights.shape[1 if transposed else 2]
     shape = jax.ShapeDtypeStruct((*x.shape[:2], outputs), jnp.float32)
-    name = cpu_kernel.register(x.shape[1], transposed)
-    return jax.ffi.ffi_call(name, shape, vmap_method="sequential")(x, weights)
+    name = cpu_kernel.register(x.shape[1], transposed, ends is not None)
+    arguments = (x, weights) if ends is None else (x, weights, ends)
+    return jax.ffi.ffi_call(name, shape, vmap_method="sequential")(*arguments)

@@ -23,7 +23,8 @@ from distillspec_jax.models import cpu_product
 from distillspec_jax.models.config import ModelConfig
 
 KeysValues = tuple[jax.Array, jax.Array]  # each [B, N, S, H]
-Remember = Callable[[jax.Array, jax.Array], KeysValues]
+# a block's keys and values -> all of the cache's [B, N, S, H] x 2, how many of a row are valid [B]
+Remember = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 
 ROW_AXES = ("data", "fsdp")  # of the mesh: they split the rows of a batch
 NEG_INF = -1e9  # finite: 0 * NEG_INF is 0, and a row that is masked whole gives no NaN
@@ -156,26 +157,41 @@ class RelativeBias(nn.Module):
         return rows.swapaxes(1, 2)
 
 
-def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, bias: jax.Array) -> jax.Array:
+def attend(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    bias: jax.Array,
+    valid: jax.Array | None = None,
+) -> jax.Array:
     """softmax(q k^T + bias) v: [B, N, T, H], [B, N, S, H] x 2, [B or 1, N or 1, T or 1, S].
 
-    Softmax in float32. A masked key (bias NEG_INF) has weight exactly 0 even if it holds NaN,
-    provided its value does not reach the second product: callers zero such values.
+    Softmax in float32. A masked key (bias NEG_INF) has weight exactly 0, even if it holds NaN. Of
+    keys and values only the first `valid` [B] of a row are looked at; all of them if None.
     """
-    logits = multiply_heads(queries, keys, transposed=True)
+    logits = multiply_heads(queries, keys, transposed=True, valid=valid)
     logits = jnp.where(bias > NEG_INF / 2, logits + bias, NEG_INF)
     weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
-    return multiply_heads(weights, values)
+    return multiply_heads(weights, values, valid=valid)
 
 
-def multiply_heads(x: jax.Array, matrices: jax.Array, transposed: bool = False) -> jax.Array:
+def multiply_heads(
+    x: jax.Array, matrices: jax.Array, *, transposed: bool = False, valid: jax.Array | None = None
+) -> jax.Array:
     """x [B, N, T, K] by a matrix [K, F] of each head, or [F, K] transposed: [B, N, T, F].
 
-    Transposed in float32, as softmax takes it.
+    Transposed in float32, as softmax takes it. Lines of the matrices behind `valid` [B] may hold
+    NaN: they add nothing, and transposed what they give is arbitrary.
     """
     rows, flat = (array.reshape(-1, *array.shape[2:]) for array in (x, matrices))
     if cpu_product.serves(rows, flat):
-        return cpu_product.product(rows, flat, transposed).reshape(*x.shape[:3], -1)
+        ends = None if valid is None else jnp.repeat(valid, x.shape[1])
+        return cpu_product.product(rows, flat, transposed, ends).reshape(*x.shape[:3], -1)
+    # 0 * NaN is NaN. Keys would not need it, but XLA on a CPU fuses the write of a single row into
+    # the product that reads it and copies the buffer four times, where a mask costs one pass.
+    if valid is not None and (not transposed or x.shape[0] == 1):
+        is_valid = jnp.arange(matrices.shape[2])[None] < valid[:, None]
+        matrices = jnp.where(is_valid[:, None, :, None], matrices, 0)
     if transposed:
         return jnp.einsum("bntk,bnfk->bntf", x, matrices, preferred_element_type=jnp.float32)
     return jnp.einsum("bntk,bnkf->bntf", x, matrices)
@@ -239,9 +255,10 @@ class SelfAttention(_Attention):
     def __call__(self, x: jax.Array, bias: jax.Array, remember: Remember | None) -> jax.Array:
         """[B, T, D] -> [B, T, D]; `remember` takes the block's keys and values to the cache's."""
         queries, keys, values = project(x, self.qkv)
+        valid = None
         if remember is not None:
-            keys, values = remember(keys, values)
-        return self._merge(attend(queries, keys, values, bias))
+            keys, values, valid = remember(keys, values)
+        return self._merge(attend(queries, keys, values, bias, valid))
 
 
 class CrossAttention(_Attention):

@@ -108,9 +108,8 @@ class Stack(nn.Module):
                 return None
 
             def remember(keys, values):
-                attended, kept = caches.append(cache, layer, keys, values)
-                stored.append(kept)
-                return attended
+                stored.append(caches.append(cache, layer, keys, values))
+                return *stored[-1], cache.lengths + keys.shape[2]
 
             return remember
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from distillspec_jax.models import cache as caches
 from distillspec_jax.models import cpu_product, transformer
 from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.models.transformer import Transformer
@@ -87,6 +88,25 @@ def test_nan_stays_in_its_row(transposed):
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["columns", "lines"])
+@pytest.mark.parametrize("rows", [1, 4, 11])
+def test_lines_behind_the_end_are_not_looked_at(rows, transposed):
+    """Ends before, at and behind the edges of tiles and strips, small and shared by threads."""
+    sizes = (2 * LANES, 91) if transposed else (91, 2 * LANES)
+    for ends in ([1, 2, 3, 31, 32, 33, 64, 91], [*range(1, 91), 200]):
+        x, weights = arrays(len(ends), rows, *sizes, transposed)
+        for product, end in enumerate(ends):
+            weights[product, end:] = np.nan
+        found = np.asarray(PRODUCT(x, weights, transposed, jnp.asarray(ends, jnp.int32)))
+        for product, end in enumerate(ends):
+            one = x[product : product + 1], weights[product : product + 1, :end]
+            if transposed:
+                mine = found[product, :, :end]
+            else:
+                one, mine = (one[0][..., :end], one[1]), found[product]
+            np.testing.assert_allclose(mine, exact(*one, transposed)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["columns", "lines"])
 def test_gradients_are_those_of_the_plain_product(transposed):
     x, weights = arrays(2, 5, 2 * LANES, 3 * LANES, transposed)
 
@@ -157,3 +177,25 @@ def test_a_model_says_the_same_with_and_without_it(monkeypatch, kind, tied):
     assert "distillspec_product" not in without.as_text()
     for found, wanted in zip(with_it(params), without(params), strict=True):
         np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_poison_behind_the_caches_lengths_changes_nothing(batch_size):
+    model = Transformer(CONFIG)
+    params = transformer.init_params(model, jax.random.key(0))
+    inputs = jnp.arange(2, 2 + 6 * batch_size).reshape(batch_size, 6)
+    cache, _ = transformer.start(model, params, inputs, 24)
+    _, cache = transformer.extend(model, params, cache, inputs[:, :4])
+    cache = caches.rollback(cache, jnp.arange(batch_size) + 1)
+    stale = jnp.arange(cache.room)[None] >= cache.lengths[:, None]
+
+    def poison(buffer):
+        return jnp.where(stale[:, None, :, None], jnp.nan, buffer)
+
+    poisoned = cache.replace(
+        keys=tuple(map(poison, cache.keys)), values=tuple(map(poison, cache.values))
+    )
+    block = inputs[:, :5]
+    step = jax.jit(lambda cache: transformer.extend(model, params, cache, block)[0])
+    assert "_ends" in step.lower(cache).compile().as_text()
+    np.testing.assert_array_equal(step(poisoned), step(cache))
