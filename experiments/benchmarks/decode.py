@@ -17,11 +17,11 @@ from distillspec_jax.errors import UserError, unknown_name
 from distillspec_jax.models.presets import preset
 
 PEERS = ("torch", "transformers")
-PARTS = ("plain", "drafted")
-LISTS = ("batch_sizes", "shapes", "new_tokens", "gammas")
+PARTS = ("plain", "drafted", "products")
+LISTS = ("batch_sizes", "shapes", "new_tokens", "gammas", "product_rows")
 COUNTS = (
     *("batch_sizes", "input_length", "new_tokens", "rounds", "read_megabytes", "gammas"),
-    *("max_new_tokens", "tuning_prompts", "repeats", "cost_steps"),
+    *("max_new_tokens", "tuning_prompts", "repeats", "cost_steps", "product_rows"),
 )
 Row = dict[str, Any]
 Found = tuple[Row, list[Row]]
@@ -29,7 +29,7 @@ Found = tuple[Row, list[Row]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What is timed: fresh models of `shapes`, and `target` with and without `draft`."""
+    """What is timed: fresh models of `shapes`, `target` with and without `draft`, and products."""
 
     parts: tuple[str, ...] = PARTS
     peers: bool = True  # also Hugging Face, where it is installed
@@ -47,6 +47,7 @@ class Config:
     prompts: int = 48  # of the test split
     repeats: int = 3  # timed runs of each prompt
     cost_steps: int = 32  # model calls in one timed loop of c and v
+    product_rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
 
     def __post_init__(self) -> None:
         for part in self.parts:
@@ -72,7 +73,7 @@ class Config:
 
 def measure(config: Config, seed: int) -> Found:
     """Times everything; (figures of the summary, one record per row of the table)."""
-    from experiments.benchmarks import decode_drafted, decode_plain
+    from experiments.benchmarks import decode_drafted, decode_plain, decode_products
 
     absent = [name for name in PEERS if importlib.util.find_spec(name) is None]
     if config.peers and absent:
@@ -80,9 +81,13 @@ def measure(config: Config, seed: int) -> Found:
     has_peers = config.peers and not absent
     summary: Row = {}
     records: list[Row] = []
+    modules: dict[str, Any] = {
+        "plain": decode_plain,
+        "drafted": decode_drafted,
+        "products": decode_products,
+    }
     for part in config.parts:
-        module = {"plain": decode_plain, "drafted": decode_drafted}[part]
-        figures, rows = module.measure(config, seed, has_peers)
+        figures, rows = modules[part].measure(config, seed, has_peers)
         summary |= figures
         records += [{"kind": "timing", "part": part, **row} for row in rows]
     return summary, records

@@ -72,6 +72,21 @@ def test_every_shape_is_compiled_once_and_has_its_figures():
         assert row["plain_tokens_per_second"] == pytest.approx(tokens / row["plain_seconds"])
 
 
+def test_products_are_timed_for_every_shape_and_number_of_rows():
+    pytest.importorskip("llvmlite")
+    config = dataclasses.replace(PLAIN, parts=("products",), product_rows=(1, 5))
+    summary, records = decode.measure(config, seed=3)
+    for suffix in ("rows1", "rows5", "rows1_draft", "rows5_draft"):
+        check_spread(summary, f"xla_over_kernel_{suffix}")
+    assert len(records) == 2 * 2
+    c = preset("cpu_draft")  # the weights of a layer without those that read the source
+    inner = c.num_heads * c.head_dim
+    assert records[0]["megabytes"] * 1e6 == 4 * c.d_model * (6 * inner + 3 * c.d_ff)
+    for row in records:
+        rate = row["kernel_gigabytes_per_second"] * row["kernel_seconds"]
+        assert rate == pytest.approx(row["megabytes"] / 1e3)
+
+
 def test_the_weights_of_a_step():
     """Counted from the shape: three stacks of kernels a layer, the norms, the bias, the head."""
     c = dataclasses.replace(preset("cpu_target"), num_decoder_layers=3)

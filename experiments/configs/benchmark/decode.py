@@ -3,8 +3,9 @@
     /path/to/env/with/peers/python -m experiments.benchmark \
         --config=experiments/configs/benchmark/decode.py --workdir=runs/benchmark-decode
 
-Parts: `plain` (T5 1.1 base and small with fresh weights) and `drafted` (the target of the package
-with its draft; give a distilled one by --config.decode.draft=FOLDER).
+Parts: `plain` (T5 1.1 base and small with fresh weights), `drafted` (the target of the package with
+its draft; give a distilled one by --config.decode.draft=FOLDER) and `products` (XLA's own products
+of few rows beside the kernel's, on a CPU).
 """
 
 from ml_collections import ConfigDict
@@ -20,5 +21,6 @@ def get_config(options: str = "") -> ConfigDict:
         config.decode.new_tokens = (8, 16)
         config.decode.rounds = 3
         config.decode.gammas = (3, 5)
+        config.decode.product_rows = (1, 8)
         config.decode.tuning_prompts = config.decode.prompts = 16
     return config

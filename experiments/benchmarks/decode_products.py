@@ -1,0 +1,74 @@
+"""The products of a decoding step alone: XLA's own beside the kernel for few rows."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from distillspec_jax.evaluation.latency import side_by_side
+from distillspec_jax.models import cpu_product
+from distillspec_jax.models.config import ModelConfig
+from distillspec_jax.models.presets import preset
+from experiments.benchmarks.decode import Config, Found, Row
+from experiments.benchmarks.decode_plain import ratio
+
+
+def measure(config: Config, seed: int, has_peers: bool) -> Found:
+    """Every shape and number of rows; figures `xla_over_kernel_rowsM`, _small for the second."""
+    del has_peers  # XLA is the peer
+    summary: Row = {}
+    records: list[Row] = []
+    if cpu_product.cpu_kernel is None or jax.default_backend() != "cpu":
+        print("products: left out, there is no kernel here")
+        return summary, records
+    for shape in config.shapes:
+        suffix = "" if shape == config.shapes[0] else "_" + shape.rpartition("_")[2]
+        weights = _weights(preset(shape), jax.random.key(seed))
+        for rows in config.product_rows:
+            row = _timed(config, seed, weights, rows)
+            records.append({"shape": shape, "rows": rows, **row})
+            for key in ("xla_over_kernel", "xla_over_kernel_spread"):
+                stem, spread = key[:15], key[15:]
+                summary[f"{stem}_rows{rows}{suffix}{spread}"] = row[key]
+    return summary, records
+
+
+def _weights(c: ModelConfig, key: jax.Array) -> list[jax.Array]:
+    """Kernels [1, K, F] of all that a decoder reads in a step but its logits."""
+    inner, gates = c.num_heads * c.head_dim, 2 if c.gated else 1
+    attention = [(c.d_model, 3 * inner), (inner, c.d_model), (c.d_model, inner), (inner, c.d_model)]
+    shapes = [*attention, (c.d_model, gates * c.d_ff), (c.d_ff, c.d_model)] * c.num_decoder_layers
+    keys = jax.random.split(key, len(shapes))
+    draw = jax.jit(jax.random.normal, static_argnums=1)
+    return [draw(each, (1, *shape)) for each, shape in zip(keys, shapes, strict=True)]
+
+
+def _timed(config: Config, seed: int, weights: list[jax.Array], rows: int) -> Row:
+    x = jax.random.normal(jax.random.key(seed), (1, rows, max(w.shape[1] for w in weights)))
+
+    def one_after_another(product: Callable[..., jax.Array]) -> Callable[[], Any]:
+        @jax.jit
+        def run(x: jax.Array, weights: list[jax.Array]) -> jax.Array:
+            last = jnp.zeros(())
+            for each in weights:  # each waits for the one before, as layers do
+                last = 1e-6 * product(x[..., : each.shape[1]] + last, each)[0, 0, 0]
+            return last
+
+        return functools.partial(run, x, weights)
+
+    calls = {
+        "xla": one_after_another(jnp.matmul),
+        "kernel": one_after_another(cpu_product.product),
+    }
+    timings = side_by_side(calls, repeats=config.rounds, seed=seed)
+    size = sum(each.nbytes for each in weights)
+    return {
+        "megabytes": size / 1e6,
+        **{f"{name}_seconds": timing.median for name, timing in timings.items()},
+        **{f"{name}_gigabytes_per_second": size / t.median / 1e9 for name, t in timings.items()},
+        **ratio("xla_over_kernel", timings["xla"].seconds, timings["kernel"].seconds),
+    }
