@@ -75,7 +75,8 @@ def _timed(call: Call) -> tuple[float, Any]:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "limit"))
-def _begin(model, params, inputs, limit):
+def read_source(model, params, inputs, limit):
+    """`transformer.start`, compiled: what a decoder does before its first step."""
     return start(model, params, inputs, limit)
 
 
@@ -158,7 +159,7 @@ def step_loops(
     calls: dict[str, Call] = {}
 
     def add(name: str, model: Transformer, params: Params, width: int) -> None:
-        cache, pending = _begin(model, params, inputs, limit)
+        cache, pending = read_source(model, params, inputs, limit)
         calls[name] = lambda: _steps(model, params, cache, pending, width, steps)
 
     add(DRAFT_STEP, draft, draft_params, 1)

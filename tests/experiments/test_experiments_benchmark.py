@@ -134,6 +134,7 @@ def test_the_growth_with_the_length_is_of_each_round(monkeypatch):
 def test_the_prediction_is_tau_over_what_a_block_costs():
     prompts = np.array([1.0, 2.0, 4.0])  # every prompt's figures are these times the same
     seconds = {"plain": 8, "speculative": 5, DRAFT_STEP: 1, TARGET_STEP: 4, verify(3): 6}
+    seconds |= {decode_drafted.READ_TARGET: 2, decode_drafted.READ_DRAFT: 1}
     clock = Clock(
         seconds={name: value * prompts for name, value in seconds.items()},
         tokens={"plain": 20 * prompts, "speculative": 24 * prompts},
@@ -143,11 +144,14 @@ def test_the_prediction_is_tau_over_what_a_block_costs():
     found = decode_drafted._over_prediction(clock, 24 * prompts, 10 * prompts, gamma=3)
     speedup, block_efficiency, c, v = (24 / 5) / (20 / 8), 2.4, 1 / 4, 6 / 4
     expected = speedup / (block_efficiency / (3 * c + v))
+    without_source = expected * (5 / 8) / ((5 - 2 - 1) / (8 - 2))
     assert found == {
         "cost_ratio": c,
         "verification_cost": v,
         "speculative_over_prediction": pytest.approx(expected),
         "speculative_over_prediction_ci95": [pytest.approx(expected)] * 2,
+        "speculative_over_prediction_decoding": pytest.approx(without_source),
+        "speculative_over_prediction_decoding_ci95": [pytest.approx(without_source)] * 2,
     }
 
 
