@@ -10,10 +10,11 @@ The threads of XLA's pool share the outputs. Transposed weights have a line for 
 tile is a few lines, and the sums of their vectors are taken at their ends. LLVM's intermediate code
 is built by llvmlite and compiled at the first use of a number of rows, in about 0.1 s.
 
-Shapes: G products of M rows, K inputs, F outputs; x [G, M, K], weights [G, K, F] or, transposed,
-[G, F, K], y [G, M, F], all float32. A tile reads whole vectors: F, transposed K, is a multiple of
-`LANES`. A kernel with ends takes [G] int32, too: of each product only so many lines of the weights
-are read, and transposed the outputs behind them stay as they were.
+Shapes: G products of M rows, K inputs, F outputs; x [..., M, K], weights [..., K, F] or,
+transposed, [..., F, K], y [..., M, F], all float32; the axes in front multiply to G. A tile reads
+whole vectors: the last axis of the weights is a multiple of `LANES`. A kernel with ends takes [G]
+int32, too: of each product only so many lines of the weights are read, and transposed the outputs
+behind them stay as they were.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ VERSION, ASKS_VERSION = (0, 1), 1
 KIND, METADATA, MAJOR, MINOR = 8, 24, 24, 28  # of an extension; of the metadata it asks for
 EXTENSION, API, CONTEXT, ARGUMENTS, RESULTS = 8, 16, 24, 72, 112  # of a call
 SCHEDULE, COUNT_THREADS = 136, 144  # of the API
-DATA, DIMENSIONS = 24, 40  # of a buffer
+DATA, RANK, DIMENSIONS = 24, 32, 40  # of a buffer
 
 # Of a job, which lives until the last thread lets go of it.
 X, WEIGHTS, Y, ROWS, INPUTS, OUTPUTS, PART, SPLITS, PARTS, NEXT, DONE, HOLDERS, ENDS = range(
@@ -152,9 +153,8 @@ class _Kernel:
             code.store(self._get(buffer, DATA), self._field(job, offset))
         if self.has_ends:
             code.store(self._get(self._get(arguments, 16), DATA), self._field(job, ENDS))
-        rows = self._get(self._get(x, DIMENSIONS), 8, LONG)
-        sizes = self._get(weights, DIMENSIONS)
-        products, inputs, outputs = (self._get(sizes, at, LONG) for at in (0, 8, 16))
+        _, rows, _ = self._sizes(x)
+        products, inputs, outputs = self._sizes(weights)
         if self.transposed:
             inputs, outputs = outputs, inputs
         threads = self._threads(call, code.mul(products, code.mul(inputs, outputs)))
@@ -182,6 +182,20 @@ class _Kernel:
         code.position_at_end(finished)
         self._let_go(job)
         code.ret(NULL)
+
+    def _sizes(self, buffer: Any) -> tuple[Any, Any, Any]:
+        """The product of all sizes but two, and the last two."""
+        code = self.code
+        dimensions = code.bitcast(self._get(buffer, DIMENSIONS), LONG.as_pointer())
+        leading = code.sub(self._get(buffer, RANK, LONG), LONG(2))
+        with code.goto_entry_block():
+            count = code.alloca(LONG)
+        code.store(LONG(1), count)
+        with self._loop(LONG(0), leading, 1) as axis:
+            size = code.load(code.gep(dimensions, [axis]))
+            code.store(code.mul(code.load(count), size), count)
+        last = [code.load(code.gep(dimensions, [code.add(leading, LONG(i))])) for i in (0, 1)]
+        return code.load(count), last[0], last[1]
 
     def _ceil(self, number: Any, by: Any) -> Any:
         code = self.code

@@ -5,8 +5,8 @@ with one core for a single row, and packs them anew at each product of more. The
 `cpu_kernel` does what the cost asks for; elsewhere, for other sizes, on a mesh of several devices
 and without llvmlite XLA's own product serves.
 
-Shapes: G products of M rows, K inputs, F outputs; x [G, M, K], weights [G, K, F] or, transposed,
-[G, F, K], y [G, M, F], all float32.
+Shapes: G products of M rows, K inputs, F outputs; x [..., M, K], weights [..., K, F] or,
+transposed, [..., F, K], y [..., M, F], all float32; the axes in front multiply to G.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def serves(x: jax.Array, weights: jax.Array) -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     return (
         x.dtype == weights.dtype == jnp.float32
-        and x.shape[1] <= MAX_ROWS
-        and (x.shape[1] > 1 or weights.size >= cpu_kernel.SHARED)
+        and x.shape[-2] <= MAX_ROWS
+        and (x.shape[-2] > 1 or weights.size >= cpu_kernel.SHARED)
         and weights.shape[-1] % cpu_kernel.LANES == 0
         and (mesh.empty or mesh.size == 1)
     )
@@ -45,7 +45,7 @@ def serves(x: jax.Array, weights: jax.Array) -> bool:
 def product(
     x: jax.Array, weights: jax.Array, transposed: bool = False, ends: jax.Array | None = None
 ) -> jax.Array:
-    """x weights, or x weights^T if transposed, for what `serves` says yes to: [G, M, F].
+    """x weights, or x weights^T if transposed, for what `serves` says yes to: [..., M, F].
 
     With `ends` [G] int32, at least 1, only so many lines of each product's weights count: the rest
     is not read, and transposed the outputs behind them are arbitrary.
@@ -60,9 +60,9 @@ def _plain(
     transposed: bool, x: jax.Array, weights: jax.Array, ends: jax.Array | None = None
 ) -> jax.Array:
     if ends is not None:
-        is_line = jnp.arange(weights.shape[1])[None] < ends[:, None]
-        weights = jnp.where(is_line[..., None], weights, 0)
-    return jnp.einsum("gmk,gfk->gmf" if transposed else "gmk,gkf->gmf", x, weights)
+        is_line = jnp.arange(weights.shape[-2])[None] < ends[:, None]
+        weights = jnp.where(is_line.reshape(*weights.shape[:-1], 1), weights, 0)
+    return jnp.matmul(x, weights.swapaxes(-1, -2) if transposed else weights)
 
 
 def _forward(
@@ -83,8 +83,8 @@ product.defvjp(_forward, _backward)
 def _call(
     transposed: bool, x: jax.Array, weights: jax.Array, ends: jax.Array | None = None
 ) -> jax.Array:
-    outputs = weights.shape[1 if transposed else 2]
-    shape = jax.ShapeDtypeStruct((*x.shape[:2], outputs), jnp.float32)
-    name = cpu_kernel.register(x.shape[1], transposed, ends is not None)
+    outputs = weights.shape[-2 if transposed else -1]
+    shape = jax.ShapeDtypeStruct((*x.shape[:-1], outputs), jnp.float32)
+    name = cpu_kernel.register(x.shape[-2], transposed, ends is not None)
     arguments = (x, weights) if ends is None else (x, weights, ends)
     return jax.ffi.ffi_call(name, shape, vmap_method="sequential")(*arguments)

@@ -183,10 +183,9 @@ def multiply_heads(
     Transposed in float32, as softmax takes it. Lines of the matrices behind `valid` [B] may hold
     NaN: they add nothing, and transposed what they give is arbitrary.
     """
-    rows, flat = (array.reshape(-1, *array.shape[2:]) for array in (x, matrices))
-    if cpu_product.serves(rows, flat):
+    if cpu_product.serves(x, matrices):
         ends = None if valid is None else jnp.repeat(valid, x.shape[1])
-        return cpu_product.product(rows, flat, transposed, ends).reshape(*x.shape[:3], -1)
+        return cpu_product.product(x, matrices, transposed, ends)
     # 0 * NaN is NaN. Keys would not need it, but XLA on a CPU fuses the write of a single row into
     # the product that reads it and copies the buffer four times, where a mask costs one pass.
     if valid is not None and (not transposed or x.shape[0] == 1):
@@ -201,8 +200,8 @@ def multiply(
     x: jax.Array, kernel: jax.Array, transposed: bool = False, dtype: Any = None
 ) -> jax.Array:
     """x [..., K] by a kernel [K, ...], or [F, K] transposed: [..., ...] of `dtype`, x's if None."""
-    flat = kernel[None] if transposed else kernel.reshape(1, kernel.shape[0], -1)
-    rows = x.reshape(1, -1, x.shape[-1])
+    flat = kernel if transposed else kernel.reshape(kernel.shape[0], -1)
+    rows = x.reshape(-1, x.shape[-1])
     if cpu_product.serves(rows, flat):
         outputs = kernel.shape[:1] if transposed else kernel.shape[1:]
         return cpu_product.product(rows, flat, transposed).reshape(*x.shape[:-1], *outputs)

@@ -38,24 +38,24 @@ def measure(config: Config, seed: int, has_peers: bool) -> Found:
 
 
 def _weights(c: ModelConfig, key: jax.Array) -> list[jax.Array]:
-    """Kernels [1, K, F] of all that a decoder reads in a step but its logits."""
+    """Kernels [K, F] of all that a decoder reads in a step but its logits."""
     inner, gates = c.num_heads * c.head_dim, 2 if c.gated else 1
     attention = [(c.d_model, 3 * inner), (inner, c.d_model), (c.d_model, inner), (inner, c.d_model)]
     shapes = [*attention, (c.d_model, gates * c.d_ff), (c.d_ff, c.d_model)] * c.num_decoder_layers
     keys = jax.random.split(key, len(shapes))
     draw = jax.jit(jax.random.normal, static_argnums=1)
-    return [draw(each, (1, *shape)) for each, shape in zip(keys, shapes, strict=True)]
+    return [draw(each, shape) for each, shape in zip(keys, shapes, strict=True)]
 
 
 def _timed(config: Config, seed: int, weights: list[jax.Array], rows: int) -> Row:
-    x = jax.random.normal(jax.random.key(seed), (1, rows, max(w.shape[1] for w in weights)))
+    x = jax.random.normal(jax.random.key(seed), (rows, max(w.shape[0] for w in weights)))
 
     def one_after_another(product: Callable[..., jax.Array]) -> Callable[[], Any]:
         @jax.jit
         def run(x: jax.Array, weights: list[jax.Array]) -> jax.Array:
             last = jnp.zeros(())
             for each in weights:  # each waits for the one before, as layers do
-                last = 1e-6 * product(x[..., : each.shape[1]] + last, each)[0, 0, 0]
+                last = 1e-6 * product(x[:, : each.shape[0]] + last, each)[0, 0]
             return last
 
         return functools.partial(run, x, weights)

@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -199,3 +200,29 @@ def test_poison_behind_the_caches_lengths_changes_nothing(batch_size):
     step = jax.jit(lambda cache: transformer.extend(model, params, cache, block)[0])
     assert "_ends" in step.lower(cache).compile().as_text()
     np.testing.assert_array_equal(step(poisoned), step(cache))
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_a_step_does_not_copy_the_cache(width):
+    """The write of one row and the kernel that reads it share a buffer; see also the decoders'."""
+    model, room = Transformer(CONFIG), 2**16 // LANES
+    params = jax.eval_shape(lambda key: transformer.init_params(model, key), jax.random.key(0))
+    cache = jax.eval_shape(lambda: caches.empty(CONFIG, 1, room))
+    memory = tuple(jax.ShapeDtypeStruct((1, 3, 6, LANES), jnp.float32) for _ in cache.keys)
+    bias = jax.ShapeDtypeStruct((1, 1, 1, 6), jnp.float32)
+    cache = cache.replace(cross_keys=memory, cross_values=memory, source_bias=bias)
+
+    def loop(params, cache, block):
+        def step(_, carry):
+            cache, block = carry
+            logits, cache = transformer.extend(model, params, cache, block)
+            return cache, jnp.argmax(logits, axis=-1)
+
+        return jax.lax.fori_loop(0, 9, step, (cache, block))
+
+    block = jax.ShapeDtypeStruct((1, width), jnp.int32)
+    inside, _ = jax.jit(loop).lower(params, cache, block).compile().as_text().split("\nENTRY ")
+    buffer = rf"f32\[1,3,{room},{LANES}\]"
+    assert re.search(rf"custom-call\(.*{buffer}", inside)
+    assert re.search(rf"= {buffer}\S* fusion\(", inside)
+    assert not re.search(rf"= {buffer}\S* copy\(", inside)
