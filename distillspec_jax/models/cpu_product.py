@@ -29,7 +29,7 @@ MAX_ROWS = 48  # from about 64 rows on XLA's packing pays
 
 def serves(x: jax.Array, weights: jax.Array) -> bool:
     """Whether `product` takes x and weights, and gains by it."""
-    if cpu_kernel is None or os.environ.get(OFF):
+    if cpu_kernel is None or os.environ.get(OFF) or jax.default_backend() != "cpu":
         return False
     mesh = jax.sharding.get_abstract_mesh()
     return (
