@@ -61,7 +61,7 @@ class Config:
     vocabularies: tuple[int, ...] = (8_032, 32_128, 128_512)  # of the loss alone, in rows
     teacher: str = "stories-target"  # whose samples a draft helps to write
     teacher_draft: str = "stories-draft"  # best a distilled one, runs/quickstart/distilled
-    teacher_gamma: int = 5
+    teacher_gamma: int = 3
     teacher_batch_sizes: tuple[int, ...] = (4, 16)  # the first gives the headline
     teacher_length: int = 56
 
