@@ -1,9 +1,9 @@
 """A product of few rows for the host's own vector registers, which XLA calls as a foreign function.
 
-    for each strip of the weights' lines          32 lines: what prefetching can hold
-      for each group of rows                      8 of them
-        for each tile of outputs                  as many vectors as the registers hold
-          for each line of the strip              every weight is read once, in order
+    for each strip of the weights' lines          32 lines, 64 for several groups of rows
+      for each tile of outputs                    as many vectors as the registers hold
+        for each group of rows                    8 of them; the tile's weights stay in the cache
+          for each line of the strip              every weight is fetched once, in order
             add x[row, line] * weights[line, tile] for each row of the group
 
 The threads of XLA's pool share the outputs. Transposed weights have a line for each output: there a
@@ -32,7 +32,7 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 
 GROUP = 8  # rows whose outputs share the registers
-STRIP = 32
+STRIP = 32  # lines of weights between two visits of a tile: what prefetching can hold
 SHARED = 2**16  # weights: fewer are not worth waking a second thread for
 
 _FEATURES = llvm.get_host_cpu_features()
@@ -312,18 +312,17 @@ class _Kernel:
                 code.store(value, code.gep(self.y, [code.add(place, LONG(j))]))
 
     def _columns(self, first: Any, last: Any) -> None:
-        """Outputs first..last, strip by strip; in a strip, tile by tile."""
+        """Outputs first..last, strip by strip; in a strip tile by tile, for all rows."""
         code = self.code
         whole = code.sub(last, code.urem(code.sub(last, first), LONG(self.wide)))
 
-        def tiles(row: Any, rows: int) -> None:
+        several = code.icmp_unsigned(">", self.rows, LONG(GROUP))
+        height = code.select(several, LONG(2 * STRIP), LONG(STRIP))
+        with self._loop(LONG(0), self.lines, height) as strip:
+            end = self._least(code.add(strip, height), self.lines)
             for start, stop, width in ((first, whole, self.wide), (whole, last, LANES)):
                 with self._loop(start, stop, width) as column:
-                    self._tile(strip, end, column, width, row, rows)
-
-        with self._loop(LONG(0), self.lines, STRIP) as strip:
-            end = self._least(code.add(strip, LONG(STRIP)), self.lines)
-            self._of_rows(tiles)
+                    self._of_rows(functools.partial(self._tile, strip, end, column, width))
 
     def _tile(self, strip: Any, end: Any, column: Any, width: int, row: Any, rows: int) -> None:
         """Adds what the weights' lines strip..end give to `width` outputs of some rows."""
@@ -381,7 +380,7 @@ class _Kernel:
         self.code.call(fetch, [self.code.bitcast(place, POINTER), *flags])
 
     @contextlib.contextmanager
-    def _loop(self, start: Any, end: Any, step: int) -> Iterator[Any]:
+    def _loop(self, start: Any, end: Any, step: Any) -> Iterator[Any]:
         """for (index = start; index < end; index += step) around what the caller builds."""
         code = self.code
         before = code.block
@@ -393,6 +392,7 @@ class _Kernel:
         code.cbranch(code.icmp_unsigned("<", index, end), body, after)
         code.position_at_end(body)
         yield index
-        index.add_incoming(code.add(index, LONG(step)), code.block)
+        step = LONG(step) if isinstance(step, int) else step
+        index.add_incoming(code.add(index, step), code.block)
         code.branch(head)
         code.position_at_end(after)
