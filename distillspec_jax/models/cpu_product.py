@@ -1,7 +1,7 @@
 """Products of a few rows with matrices on a CPU: what decoding consists of.
 
-Reading the weights is the cost, so they should be read once, in order, by all cores. XLA reads them
-with one core for a single row, and packs them anew at each product of more. The kernel in
+Reading the weights is the cost, so they should be read once, in order, by all cores. XLA falls
+short of that for a single row, and packs the weights anew at each product of more. The kernel in
 `cpu_kernel` does what the cost asks for; elsewhere, for other sizes, on a mesh of several devices
 and without llvmlite XLA's own product serves.
 
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 try:
     from distillspec_jax.models import cpu_kernel
-except ImportError:  # llvmlite has no wheel for this platform
+except (ImportError, OSError, RuntimeError):  # no llvmlite, or none that runs on this host
     cpu_kernel = None  # type: ignore[assignment]
 
 OFF = "DISTILLSPEC_XLA_PRODUCTS"  # set in the environment: XLA's own products everywhere

@@ -41,19 +41,19 @@ def measure(config: Config, seed: int, has_peers: bool) -> Found:
                 row = run.measure(batch_size, new_tokens)
                 records.append(row)
                 place = f"_batch{batch_size}{suffix}"
-                summary |= _named(row, OF_A_LENGTH, f"{OF_A_LENGTH}_length{new_tokens}{place}")
+                summary |= named(row, OF_A_LENGTH, f"{OF_A_LENGTH}_length{new_tokens}{place}")
                 if new_tokens == config.new_tokens[0]:
                     for key in HEADLINES:
-                        summary |= _named(row, key, key + place)
+                        summary |= named(row, key, key + place)
             growth = run.growth(batch_size)
-            summary |= _named(growth, GROWTH, f"{GROWTH}_batch{batch_size}{suffix}")
+            summary |= named(growth, GROWTH, f"{GROWTH}_batch{batch_size}{suffix}")
     counts = ("equal_tokens", "compared_tokens")
     summary |= {key: sum(row[key] for row in records) for key in counts if has_peers}
     summary["compilations_per_shape"] = max(row["compilations"] for row in records)
     return summary, records
 
 
-def _named(row: Row, key: str, name: str) -> Row:
+def named(row: Row, key: str, name: str) -> Row:
     """One figure of a record and its spread, under another name."""
     if key not in row:
         return {}

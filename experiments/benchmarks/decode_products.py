@@ -14,7 +14,9 @@ from distillspec_jax.models import cpu_product
 from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.models.presets import preset
 from experiments.benchmarks.decode import Config, Found, Row
-from experiments.benchmarks.decode_plain import ratio
+from experiments.benchmarks.decode_plain import named, ratio
+
+RATIO = "xla_over_kernel"
 
 
 def measure(config: Config, seed: int, has_peers: bool) -> Found:
@@ -31,9 +33,7 @@ def measure(config: Config, seed: int, has_peers: bool) -> Found:
         for rows in config.product_rows:
             row = _timed(config, seed, weights, rows)
             records.append({"shape": shape, "rows": rows, **row})
-            for key in ("xla_over_kernel", "xla_over_kernel_spread"):
-                stem, spread = key[:15], key[15:]
-                summary[f"{stem}_rows{rows}{suffix}{spread}"] = row[key]
+            summary |= named(row, RATIO, f"{RATIO}_rows{rows}{suffix}")
     return summary, records
 
 
@@ -70,5 +70,5 @@ def _timed(config: Config, seed: int, weights: list[jax.Array], rows: int) -> Ro
         "megabytes": size / 1e6,
         **{f"{name}_seconds": timing.median for name, timing in timings.items()},
         **{f"{name}_gigabytes_per_second": size / t.median / 1e9 for name, t in timings.items()},
-        **ratio("xla_over_kernel", timings["xla"].seconds, timings["kernel"].seconds),
+        **ratio(RATIO, timings["xla"].seconds, timings["kernel"].seconds),
     }

@@ -47,7 +47,7 @@ def exact(x, weights, transposed):
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["columns", "lines"])
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 8, 9, 21, 40])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 8, 9, 21, 40, 64])
 @pytest.mark.parametrize(
     ("products", "inputs", "outputs"),
     [
