@@ -15,7 +15,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -93,7 +93,7 @@ def measure(config: Config, seed: int) -> tuple[dict[str, Any], list[dict[str, A
     for family in config.families:
         name = family.replace(" ", "_")
         rows = [r for r in records if r["family"] == family and r["devices"] > r["smallest"]]
-        for key in ("flops", "sent_bytes"):
+        for key in ("flops", "collective_bytes", "sent_bytes"):
             values = [row[key] for row in rows]
             if values and min(values) > 0:
                 summary[f"{name}_{key}_largest_over_smallest"] = max(values) / min(values)
@@ -114,7 +114,7 @@ def table(config: Config) -> list[dict[str, Any]]:
 
 
 def _compiled(config: Config, mesh: MeshConfig) -> dict[str, Any]:
-    """Operations and sent bytes of one device in one step, and what they mean on real chips."""
+    """Operations and bytes of one device in one step, and what they mean on real chips."""
     data = TaskConfig(input_length=config.input_length, target_length=config.target_length)
     run = distill.DistillConfig(
         task=data,
@@ -131,26 +131,53 @@ def _compiled(config: Config, mesh: MeshConfig) -> dict[str, Any]:
         prepared = distill.prepare(run, task, layout, bench.outline)
         compiled = planning.compile_step(prepared, run, task, layout)
     program: Any = compiled
-    sent = sent_bytes(program.as_text())
+    found = list(collectives(program.as_text()))
+    sent = sent_bytes(found)
     flops, total = program.cost_analysis()["flops"], sum(sent.values())
     times = {
         f"{chip}_{kind}_seconds": value
         for chip, (speed, link) in CHIPS.items()
         for kind, value in (("compute", flops / speed), ("links", total / link))
     }
-    return {"rows": run.batch_size, "flops": flops, "sent_bytes": total, **sent, **times}
+    return {
+        "rows": run.batch_size,
+        "flops": flops,
+        "collective_bytes": whole_bytes(found),
+        "sent_bytes": total,
+        **sent,
+        **times,
+    }
 
 
-def sent_bytes(program: str) -> dict[str, float]:
-    """Bytes that a device sends, by kind of collective, on rings: from a program's text."""
-    sent = dict.fromkeys(_SENT, 0.0)
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of a program: its kind, the bytes of its result, the devices of a group."""
+
+    kind: str
+    size: int
+    devices: int
+
+
+def collectives(program: str) -> Iterator[Collective]:
+    """All collectives in the text of a compiled program."""
     for match in _COLLECTIVE.finditer(program):
         size = sum(
             _BYTES[dtype] * math.prod(int(n) for n in sizes.split(",") if n)
             for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", match["shape"])
         )
-        kind = match["kind"]
-        sent[kind] += _SENT[kind](size, _group_size(match["rest"]))
+        yield Collective(match["kind"], size, _group_size(match["rest"]))
+
+
+def whole_bytes(found: Iterable[Collective]) -> int:
+    """Bytes of the arrays that are summed, gathered or moved, each counted whole."""
+    return sum(c.size * (c.devices if c.kind == "reduce-scatter" else 1) for c in found)
+
+
+def sent_bytes(found: Iterable[Collective]) -> dict[str, float]:
+    """Bytes that a device sends, by kind of collective, on rings."""
+    sent = dict.fromkeys(_SENT, 0.0)
+    for c in found:
+        sent[c.kind] += _SENT[c.kind](c.size, c.devices)
     return sent
 
 

@@ -5,7 +5,13 @@ import pytest
 from distillspec_jax.errors import UserError
 from distillspec_jax.sharding.mesh import MeshConfig
 from experiments.benchmarks import scaling
-from experiments.benchmarks.scaling import Config, mesh_of, sent_bytes
+from experiments.benchmarks.scaling import (
+    Config,
+    collectives,
+    mesh_of,
+    sent_bytes,
+    whole_bytes,
+)
 
 PROGRAM = """
   %a = f32[8,6]{1,0} all-gather(%p), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
@@ -18,13 +24,19 @@ PROGRAM = """
 
 
 def test_what_a_device_sends_in_a_ring():
-    assert sent_bytes(PROGRAM) == {
+    assert sent_bytes(collectives(PROGRAM)) == {
         "all-gather": 8 * 6 * 4 * 3 / 4,
         "all-reduce": 2 * (10 * 4 + 3 * 2 * 2) * 1 / 2 + 2 * 4 * 7 / 8,
         "collective-permute": 7 * 4,
         "reduce-scatter": 2 * 3 * 4 * 3,
         "all-to-all": 0,
     }
+
+
+def test_the_arrays_of_collectives_count_whole():
+    gathered, summed, moved = 8 * 6 * 4, 10 * 4 + 3 * 2 * 2 + 4, 7 * 4
+    scattered = 2 * 3 * 4 * 4  # each of four devices keeps a quarter
+    assert whole_bytes(collectives(PROGRAM)) == gathered + summed + moved + scattered
 
 
 @pytest.mark.parametrize(
@@ -42,12 +54,14 @@ def test_groups_of_devices_in_every_form(groups, size):
     line = (
         f"  %a = f32[5]{{0}} all-reduce(%q), channel_id=1, replica_groups={groups}, to_apply=%add"
     )
-    assert sent_bytes(line)["all-reduce"] == pytest.approx(2 * 5 * 4 * (size - 1) / size)
+    assert sent_bytes(collectives(line))["all-reduce"] == pytest.approx(
+        2 * 5 * 4 * (size - 1) / size
+    )
 
 
 def test_an_unknown_form_is_no_silent_zero():
     with pytest.raises(ValueError, match="not known"):
-        sent_bytes("  %a = f32[5]{0} all-reduce(%q), replica_groups=@all, to_apply=%add")
+        list(collectives("  %a = f32[5]{0} all-reduce(%q), replica_groups=@all, to_apply=%add"))
 
 
 def test_families_of_meshes():
@@ -74,5 +88,6 @@ def test_work_of_a_device_stays_when_devices_and_rows_grow():
     one, many = records[:2]
     assert many["rows"] == 4 * one["rows"]
     assert many["flops"] == pytest.approx(one["flops"], rel=0.1)
+    assert many["collective_bytes"] == pytest.approx(one["collective_bytes"], rel=0.1)
     assert 0 < one["sent_bytes"] < many["sent_bytes"] < 2 * one["sent_bytes"]  # (n - 1) / n
     assert summary

@@ -3,7 +3,10 @@
 import concurrent.futures
 import dataclasses
 import functools
+import importlib.util
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from distillspec_jax import models
 from distillspec_jax.models import cache as caches
 from distillspec_jax.models import cpu_product, transformer
 from distillspec_jax.models.config import ModelConfig
@@ -226,3 +230,50 @@ def test_a_step_does_not_copy_the_cache(width):
     assert re.search(rf"custom-call\(.*{buffer}", inside)
     assert re.search(rf"= {buffer}\S* fusion\(", inside)
     assert not re.search(rf"= {buffer}\S* copy\(", inside)
+
+
+OTHER_HOST = """
+import sys
+import llvmlite.binding as llvm
+import pytest
+
+features = llvm.get_host_cpu_features()
+for name in features:
+    features[name] = features[name] and not name.startswith(("amx", *sys.argv[1].split(",")))
+llvm.get_host_cpu_features = lambda: features
+from distillspec_jax.models import cpu_kernel
+
+assert cpu_kernel.LANES == int(sys.argv[2])
+sys.exit(pytest.main([sys.argv[3], "-k", sys.argv[4], "-p", "no:cacheprovider"]))
+"""
+
+
+@pytest.mark.skipif(LANES < 16, reason="the host has no wider registers than these")
+@pytest.mark.parametrize(("dropped", "lanes"), [("avx512", "8"), ("avx512,avx2", "4")])
+@pytest.mark.parametrize(
+    "tests", ["test_values and 21 or ends", pytest.param("not host", marks=pytest.mark.slow)]
+)
+def test_narrower_registers_of_another_host(tests, dropped, lanes):
+    command = [sys.executable, "-c", OTHER_HOST, dropped, lanes, __file__, tests]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert re.search(r"\d\d passed", run.stdout)
+
+
+@pytest.mark.parametrize("broken", ["llvmlite absent", "llvmlite that does not know the host"])
+def test_a_host_without_the_kernel_keeps_xlas_products(monkeypatch, broken):
+    def unknown():
+        raise RuntimeError("no features")
+
+    if broken == "llvmlite absent":
+        monkeypatch.setitem(sys.modules, "llvmlite", None)
+    else:
+        monkeypatch.setattr(cpu_kernel.llvm, "get_host_cpu_features", unknown)
+    monkeypatch.delitem(sys.modules, cpu_kernel.__name__)
+    monkeypatch.delattr(models, "cpu_kernel")
+    spec = importlib.util.spec_from_file_location("another_cpu_product", cpu_product.__file__)
+    another = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(another)
+    x, weights = map(jnp.asarray, arrays(1, 4, 2 * LANES, 4 * LANES, False))
+    assert cpu_product.serves(x, weights)
+    assert not another.serves(x, weights)
