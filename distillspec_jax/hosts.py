@@ -1,7 +1,7 @@
 """Several processes as one job: how they find each other, and what only the first one does.
 
 The engine is `jax.distributed`; it also ends the others when one dies, and names it. What it does
-not say is who was missing at the start, so every host leaves a file in the job's folder before it
+not say is who was missing at the start, so every host leaves a file in the job's folder while it
 waits for the others.
 
     DISTILLSPEC_HOSTS          number of processes, or `auto` where JAX detects the cluster itself
@@ -14,10 +14,12 @@ waits for the others.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,10 +30,18 @@ from jax.experimental import multihost_utils
 
 from distillspec_jax.errors import UserError
 
+FAILED = 1  # exit code: an error of this host's own
 LOST = 75  # exit code: another host is missing or died; the job may be started again
-ARRIVALS = ".hosts"  # in the job's folder: one file per host that came
+ARRIVALS = ".hosts"  # in the job's folder: one file per host that waits for the others
 _SPOKEN_BEFORE = 30.0  # seconds that this module's time limit is ahead of the engine's own
 _ERROR_BYTES = 2_000
+_OUT_OF_MEMORY = re.compile("RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
+_COMMUNICATION = re.compile(
+    "^(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|CANCELLED)"
+    "|gloo|nccl|communicator|connection|heartbeat|coordination",
+    re.IGNORECASE,
+)
+_RANKS = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
 
 
 def initialize(folder: Path, environment: Mapping[str, str] = os.environ) -> None:
@@ -45,8 +55,9 @@ def initialize(folder: Path, environment: Mapping[str, str] = os.environ) -> Non
         return
     limit = _number(environment, "DISTILLSPEC_HOSTS_TIMEOUT", "300", least=1)
     arguments: dict[str, Any] = {}
-    me, expected = socket.gethostname(), None
-    if count != "auto":
+    if count == "auto":
+        me, expected = _detected(environment)
+    else:
         expected = _number(environment, "DISTILLSPEC_HOSTS", "", least=1)
         index = _number(environment, "DISTILLSPEC_HOST", "", least=0)
         if index >= expected or "JAX_COORDINATOR_ADDRESS" not in environment:
@@ -62,12 +73,34 @@ def initialize(folder: Path, environment: Mapping[str, str] = os.environ) -> Non
     patience = threading.Timer(limit, _give_up, [arrivals, me, expected, limit])
     patience.daemon = True
     patience.start()
-    jax.distributed.initialize(
-        **arguments,
-        initialization_timeout=int(limit + _SPOKEN_BEFORE),
-        heartbeat_timeout_seconds=limit,
-    )
-    patience.cancel()
+    try:
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=int(limit + _SPOKEN_BEFORE),
+            heartbeat_timeout_seconds=limit,
+        )
+    finally:
+        patience.cancel()
+    (arrivals / me).unlink(missing_ok=True)  # all are here; a restart must not take it for new
+
+
+def _detected(environment: Mapping[str, str]) -> tuple[str, int | None]:
+    """Name of this process among the arrivals, and how many there are to be, if that is known.
+
+    A number where the cluster tells it in the environment, in the order in which JAX looks.
+    """
+    for rank, count in _RANKS:
+        if rank in environment and count in environment:
+            ranks = _number(environment, count, "", least=1)
+            return str(_number(environment, rank, "", least=0)), ranks
+    workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
+    if workers and "TPU_WORKER_ID" in environment:
+        in_slice = len(workers.split(","))
+        worker = _number(environment, "TPU_WORKER_ID", "", least=0)
+        slice_index = _number(environment, "MEGASCALE_SLICE_ID", "0", least=0)
+        slices = _number(environment, "MEGASCALE_NUM_SLICES", "1", least=1)
+        return str(slice_index * in_slice + worker), slices * in_slice
+    return socket.gethostname(), None
 
 
 def _number(environment: Mapping[str, str], key: str, default: str, *, least: int) -> int:
@@ -78,17 +111,22 @@ def _number(environment: Mapping[str, str], key: str, default: str, *, least: in
 
 
 def _give_up(arrivals: Path, me: str, expected: int | None, limit: float) -> None:
-    print(f"error: {_missing(arrivals, me, expected, limit)}", file=sys.stderr, flush=True)
+    try:
+        why = _missing(arrivals, me, expected, limit)
+    except OSError as error:  # the others met at this moment, and took their files away
+        why = f"not all hosts came within {limit:g} seconds ({error}); start all again"
+    print(f"error: {why}", file=sys.stderr, flush=True)
     os._exit(LOST)  # the engine's own wait cannot be interrupted
 
 
 def _missing(arrivals: Path, me: str, expected: int | None, limit: float) -> str:
-    """Who did not come; files of an earlier start are older than the wait for this one.
+    """Who did not come. A file older than mine by the limit is of an earlier start: who waited
+    since then has given up.
 
     Ages are differences between times of one file server: no two clocks are compared.
     """
     newest = (arrivals / me).stat().st_mtime
-    here = {p.name for p in arrivals.iterdir() if p.stat().st_mtime > newest - 2 * limit}
+    here = {p.name for p in arrivals.iterdir() if p.stat().st_mtime > newest - limit}
     if expected is None:
         who = f"only {', '.join(sorted(here))} came"
     else:
@@ -98,11 +136,25 @@ def _missing(arrivals: Path, me: str, expected: int | None, limit: float) -> str
     return f"{who} within {limit:g} seconds; look at their logs, and start all again"
 
 
-def lost(error: BaseException, environment: Mapping[str, str] = os.environ) -> int:
-    """Says why a collective failed, and lets the engine name the host that died: it ends this
-    process when the heartbeat is missed. Returns LOST if it does not.
+def failed(error: BaseException, environment: Mapping[str, str] = os.environ) -> int:
+    """Says why the engine failed in one of several processes; returns the exit code.
+
+    Where the hosts lost each other it lets the engine name the one that died: that ends this
+    process when the heartbeat is missed. The code is LOST if it does not.
     """
-    print(f"error: the hosts lost each other: {str(error)[:500]}", file=sys.stderr, flush=True)
+    text = str(error)[:500]
+    if _OUT_OF_MEMORY.search(text):
+        print(
+            f"error: host {jax.process_index()} is out of memory ({text.splitlines()[0]}); --plan "
+            "says what each device holds and which option makes it less",
+            file=sys.stderr,
+            flush=True,
+        )
+        return FAILED
+    if not _COMMUNICATION.search(text):
+        traceback.print_exception(error)
+        return FAILED
+    print(f"error: the hosts lost each other: {text}", file=sys.stderr, flush=True)
     time.sleep(_number(environment, "DISTILLSPEC_HOSTS_TIMEOUT", "300", least=1) + 10)
     return LOST
 

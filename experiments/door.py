@@ -41,10 +41,14 @@ _MEMORY = flags.DEFINE_float(
     "device_memory_gib", None, "memory of a device: says whether the plan fits", lower_bound=0.0
 )
 
+_NOTHING_TO_PLAN = (
+    "this entrypoint has nothing to plan: leave --plan out; finetune, distill, generate, evaluate, "
+    "decode and sweep have it"
+)
 BAD_INPUT = 2
 STOPPED = 143  # what a shell reports for SIGTERM: the job is saved but not done
 
-_ENVIRONMENT_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+_NO_ROOM, _NO_ACCESS = (errno.ENOSPC, errno.EDQUOT), (errno.EACCES, errno.EPERM, errno.EROFS)
 _UNIONS = (typing.Union, types.UnionType)
 
 
@@ -81,11 +85,14 @@ def run(
     app.run(start, flags_parser=parse)
 
 
-def run_flags(main: Callable[[], int | None]) -> None:
-    """The same for an entrypoint that has flags of its own in place of a config and a workdir."""
+def run_flags(main: Callable[[], int | None], *, has_workdir: bool = False) -> None:
+    """The same for an entrypoint that has flags of its own in place of a config.
+
+    `has_workdir` says that `main` reads --workdir; the door's other flags are refused.
+    """
 
     def parse(argv: Sequence[str]) -> list[str]:
-        return _or_exit(lambda: _parsed(argv))
+        return _or_exit(lambda: _parse_own_flags(argv, has_workdir))
 
     def start(argv: Sequence[str]) -> None:
         _enable_compilation_cache()
@@ -100,7 +107,7 @@ def run_flags(main: Callable[[], int | None]) -> None:
 
 def _call_plan(plan: Callable[[Any, float | None], int | None] | None, config: Any) -> int | None:
     if plan is None:
-        raise UserError("this entrypoint has no --plan; finetune and distill do")
+        raise UserError(_NOTHING_TO_PLAN)
     return plan(config, _MEMORY.value)
 
 
@@ -120,10 +127,10 @@ def _among_hosts(action: Callable[[], Any]) -> Any:
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else 1
     except jax.errors.JaxRuntimeError as error:
-        code = hosts.lost(error)
+        code = hosts.failed(error)
     except BaseException:
         traceback.print_exc()
-        code = 1
+        code = hosts.FAILED
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -135,9 +142,11 @@ def _or_exit(action: Callable[[], Any]) -> Any:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
-        if error.errno not in _ENVIRONMENT_ERRORS:
+        if error.errno not in (*_NO_ROOM, *_NO_ACCESS):
             raise
-        print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
+        where = f": {error.filename}" if error.filename else ""
+        right = "make room" if error.errno in _NO_ROOM else "allow access"
+        print(f"error: {error.strerror}{where}; {right} or choose another place", file=sys.stderr)
     sys.exit(BAD_INPUT)
 
 
@@ -152,16 +161,29 @@ def _parse_flags(argv: Sequence[str], config_class: type) -> list[str]:
     )
     if needs_config and not _CONFIG.value:
         raise UserError("--config=FILE.py is missing; see --help")
+    if _MEMORY.value is not None and not _PLAN.value:
+        raise UserError("--device_memory_gib belongs to --plan; give both, or neither")
     if not _WORKDIR.value and not _PLAN.value:
         raise UserError("--workdir=FOLDER is missing; see --help")
     if "://" in str(_WORKDIR.value):
         raise UserError(
             f"--workdir={_WORKDIR.value} is an address, must be a folder: mount the bucket on all "
-            "hosts (gcsfuse, or the CSI driver of GKE) and name its folder"
+            "hosts, as the heads of launch/tpu_pod.sh and launch/gke_jobset.yaml say"
         )
     if len(rest) > 1:
         raise UserError(f"'{rest[1]}' is not a flag; flags are --config, --config.KEY, --workdir")
     return rest
+
+
+def _parse_own_flags(argv: Sequence[str], has_workdir: bool) -> list[str]:
+    """The parser of `run_flags`: nothing that the door defines is taken and not looked at."""
+    given = [match[1] for arg in argv[1:] if (match := re.match(r"--?([a-z_]+)", arg))]
+    if "plan" in given:
+        raise UserError(_NOTHING_TO_PLAN)
+    for name in ("config", "device_memory_gib", *(() if has_workdir else ("workdir",))):
+        if name in given:
+            raise UserError(f"this entrypoint takes no --{name}; see --help for its own flags")
+    return _parsed(argv)
 
 
 def _parsed(argv: Sequence[str]) -> list[str]:

@@ -62,6 +62,8 @@ class TrainingConfig:
                 f"config.micro_batches is {self.micro_batches}, must divide the batch size "
                 f"{self.batch_size}"
             )
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"config.seed is {self.seed}, must be within 0 and 2**32 - 1")
         if not 0 <= self.average_decay < 1:
             raise UserError(f"config.average_decay is {self.average_decay}, must be within [0, 1)")
 

@@ -47,6 +47,12 @@ FORMAT = 1
 IDENTITY = ("model", "vocabulary_fingerprint", "optimizer")  # must agree for a run to go on
 ITEMS = ("params", "training", "description", "loop")
 
+# How a ValueError of TensorStore begins where the system failed, not the file.
+_NO_DAMAGE = (
+    *("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNKNOWN", "INTERNAL"),
+    *("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED"),
+)
+
 
 class Checkpoints:
     """Saves and restores a run below `<workdir>/checkpoints`; see the layout above."""
@@ -59,6 +65,7 @@ class Checkpoints:
         Kept are the `keep_last` newest checkpoints and the best one.
         """
         self._folder = workdir.absolute() / FOLDER
+        self._aside = self._folder.parent / "damaged"
         self._description = json.loads(json.dumps(description))  # tuples become lists, as stored
         self._best = _KeepStep()
         newest = checkpoint_managers.LatestN(keep_last)
@@ -95,18 +102,18 @@ class Checkpoints:
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest whole checkpoint in the structure of `state`, and the loop's memory.
 
-        None if there is no checkpoint. A damaged one is put aside, said loudly, and the one
-        before is taken; UserError if all are damaged or if they belong to another run.
+        None if the run has saved nothing yet; else the arrays of `state` are freed first: a
+        device need not hold two states. A damaged checkpoint is put aside, said loudly, and the
+        one before is taken; UserError if all are damaged or if they belong to another run. What
+        shows no damage (no memory, a file system that fails) is raised and moves nothing.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
+        shapes = _abstract(state)
+        if steps:
+            for leaf in jax.tree.leaves(state):
+                leaf.delete()
         for step in steps:
-            restored, reason = None, "another host could not read it"
-            try:
-                restored = self._restore_step(step, state)
-            except UserError:
-                raise
-            except Exception as error:  # whatever a damaged file makes Orbax raise
-                reason = _first_line(error)
+            restored, reason = self._restore_whole(step, shapes)
             if hosts.all_true(restored is not None):
                 assert restored is not None
                 self._best.step = restored[1].get("best_step", -1)
@@ -114,10 +121,10 @@ class Checkpoints:
             drop_unfinished_reads()
             hosts.on_first(functools.partial(self._put_aside, step, reason))
             self._manager.reload()
-        if steps:
+        if self._aside.is_dir() and any(self._aside.iterdir()):  # also those of earlier starts
             raise UserError(
-                f"all checkpoints in {self._folder} are damaged (they are kept in "
-                f"{self._folder.parent / 'damaged'}); start again in another workdir"
+                f"all checkpoints in {self._folder} are damaged (they are kept in {self._aside}); "
+                "start again in another workdir"
             )
         return None
 
@@ -142,6 +149,8 @@ class Checkpoints:
         """Turns what a full or broken disk makes Orbax raise, now or behind, into one sentence."""
         try:
             yield
+        except TimeoutError:  # an OSError, but of a host that others wait for
+            raise
         except (OSError, ValueError) as error:  # TensorStore's are ValueError
             whole = sorted(int(p.name) for p in self._folder.glob("*") if p.name.isdigit())
             kept = f"the one of step {whole[-1]} is whole" if whole else "there is none before it"
@@ -159,18 +168,42 @@ class Checkpoints:
         own = {"step": step, "best": best, "format": FORMAT, "versions": versions}
         return self._description | own
 
-    def _restore_step(self, step: int, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def _restore_whole(
+        self, step: int, shapes: TrainState
+    ) -> tuple[tuple[TrainState, dict[str, Any]] | None, str]:
+        """What the checkpoint of a step holds, None if that is damaged; and why it may be so."""
+        try:
+            return self._restore_step(step, shapes), "another host could not read it"
+        except UserError:
+            raise
+        except Exception as error:
+            if _shows_damage(error):
+                return None, _first_line(error)
+            place = self._folder / str(step)
+            if isinstance(error, PermissionError) or str(error).startswith("PERMISSION_DENIED"):
+                drop_unfinished_reads()
+                raise UserError(
+                    f"checkpoint {place} may not be read ({_first_line(error)}); allow reading, "
+                    "then start the same command again"
+                ) from error
+            error.add_note(f"checkpoint {place} was not read; nothing says that it is damaged")
+            raise
+
+    def _restore_step(self, step: int, shapes: TrainState) -> tuple[TrainState, dict[str, Any]]:
         stored = self._manager.restore(
             step, args=ocp.args.Composite(description=ocp.args.JsonRestore())
         )["description"]
         self._check_identity(step, stored)
-        params, training = _split(state)
-        training["checksums"] = checksums((params, training))
+        params, training = _split(shapes)
+        sums = (len(jax.tree.leaves((params, training))),)
+        training["checksums"] = jax.ShapeDtypeStruct(
+            sums, jnp.uint32, sharding=shapes.step.sharding
+        )
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(_abstract(params)),
-                training=ocp.args.StandardRestore(_abstract(training)),
+                params=ocp.args.StandardRestore(params),
+                training=ocp.args.StandardRestore(training),
                 loop=ocp.args.JsonRestore(),
             ),
         )
@@ -180,7 +213,7 @@ class Checkpoints:
             raise ValueError("the arrays do not have the checksums they were saved with")
         if int(training["step"]) != step:
             raise ValueError(f"it holds step {int(training['step'])}")
-        return _join(state, params, training), restored["loop"]
+        return _join(shapes, params, training), restored["loop"]
 
     def _check_identity(self, step: int, stored: Mapping[str, Any]) -> None:
         place = self._folder / str(step)
@@ -199,9 +232,8 @@ class Checkpoints:
                 )
 
     def _put_aside(self, step: int, reason: str) -> None:
-        aside = self._folder.parent / "damaged"
-        aside.mkdir(exist_ok=True)
-        place = aside / str(step)
+        self._aside.mkdir(exist_ok=True)
+        place = self._aside / str(step)
         shutil.rmtree(place, ignore_errors=True)
         print(
             f"warning: the checkpoint of step {step} is damaged ({reason}); it is moved to {place} "
@@ -250,6 +282,14 @@ def chosen_step(workdir: Path) -> int:
         raise UserError(f"there is no checkpoint in {folder}")
     best = [step for step in steps if _says_best(folder / str(step))]
     return max(best or steps)
+
+
+def _shows_damage(error: Exception) -> bool:
+    """Whether an error of reading is what cut, lost or changed files make Orbax raise."""
+    if isinstance(error, OSError):
+        return isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    of_content = ValueError | LookupError | AttributeError | TypeError
+    return isinstance(error, of_content) and not str(error).startswith(_NO_DAMAGE)
 
 
 def _first_line(error: Exception) -> str:

@@ -129,7 +129,8 @@ def train(
 
     Args:
       step_fn: `(state, batch) -> (state, {name: (sum, count)})`, jitted; may donate `state`.
-      state: the state before the first step (its structure also shapes what is restored).
+      state: the state before the first step (its structure also shapes what is restored); it is
+        given away: to the first step, or freed for a checkpoint.
       batches: step -> iterator of the batches of that step and the following ones.
       writer_of: resumed step -> writer of the records (-1: a new run).
       hooks: what to do between steps.

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import socket
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorboardX
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
+from tensorboardX.summary import scalar
 
 JSONL = "metrics.jsonl"
 EVENTS = "tensorboard"
+_FLUSH_SECONDS = 120.0  # event files lag behind by as much: a flush goes down to the disk
 
 
 class Writer:
@@ -38,7 +44,8 @@ class MetricsWriter(Writer):
 
     One JSON object a line: `step`, `kind` ("train" or "eval"), `wall_time` (seconds since 1970)
     and the values, numbers or intervals [low, high]; intervals are not in the event files. A
-    number that is not finite becomes null: JSON has no NaN.
+    number that is not finite becomes null: JSON has no NaN. `metrics.jsonl` is the record: what
+    stops the event files, a full disk say, is told once, and the run goes on without them.
     """
 
     def __init__(self, workdir: Path, *, resumed_step: int = -1) -> None:
@@ -46,23 +53,71 @@ class MetricsWriter(Writer):
         path = workdir / JSONL
         drop_records_after(path, resumed_step)
         self._file = path.open("a", encoding="utf-8")
-        self._events = tensorboardX.SummaryWriter(
-            str(workdir / EVENTS), purge_step=resumed_step + 1
-        )
+        self._events = _Events(workdir / EVENTS, resumed_step + 1)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         record: dict[str, Any] = {"step": step, "kind": kind, "wall_time": time.time()}
         record |= finite(dict(values))
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, list):
-                continue
-            self._events.add_scalar(f"{kind}/{name}", value, step)
+        self._events.write(
+            step, {f"{kind}/{k}": v for k, v in values.items() if not isinstance(v, list)}
+        )
 
     def close(self) -> None:
         self._file.close()
         self._events.close()
+
+
+class _Events:
+    """An event file, written by the caller: tensorboardX's writers hang once their thread died."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        """Opens a file; TensorBoard hides what earlier ones say of `first_step` and later."""
+        folder.mkdir(exist_ok=True)
+        now, self._flush_at = time.time(), 0.0
+        name = f"events.out.tfevents.{int(now)}.{socket.gethostname()}"
+        self._file: RecordWriter | None = RecordWriter(str(folder / name))
+        start = SessionLog(status=SessionLog.START)
+        self._append(
+            [
+                Event(wall_time=now, file_version="brain.Event:2"),
+                Event(wall_time=now, step=first_step, session_log=start),
+            ]
+        )
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        now = time.time()
+        summaries = [scalar(name, value) for name, value in values.items()]
+        self._append([Event(wall_time=now, step=step, summary=each) for each in summaries])
+
+    def close(self) -> None:
+        self._attempt(lambda file: file.close())
+
+    def _append(self, events: list[Event]) -> None:
+        def append(file: RecordWriter) -> None:
+            for event in events:
+                file.write(event.SerializeToString())
+            if time.monotonic() >= self._flush_at:
+                file.flush()
+                self._flush_at = time.monotonic() + _FLUSH_SECONDS
+
+        self._attempt(append)
+
+    def _attempt(self, action: Callable[[RecordWriter], None]) -> None:
+        if self._file is None:
+            return
+        try:
+            action(self._file)
+        except OSError as error:
+            print(
+                f"warning: the files for TensorBoard end here ({error}); {JSONL} goes on",
+                file=sys.stderr,
+                flush=True,
+            )
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._file = None
 
 
 def drop_records_after(path: Path, step: int) -> None:

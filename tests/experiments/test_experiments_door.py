@@ -193,9 +193,22 @@ def test_a_file_that_is_no_python_is_told(call, tmp_path):
     ("error", "words"),
     [
         (UserError("the draft is too long"), "error: the draft is too long\n"),
-        (PermissionError(13, "Permission denied", "/x"), "error: Permission denied: /x\n"),
-        (OSError(28, "No space left on device", "/x"), "error: No space left on device: /x\n"),
-        (OSError(30, "Read-only file system", "/x"), "error: Read-only file system: /x\n"),
+        (
+            PermissionError(13, "Permission denied", "/x"),
+            "error: Permission denied: /x; allow access or choose another place\n",
+        ),
+        (
+            OSError(28, "No space left on device", "/x"),
+            "error: No space left on device: /x; make room or choose another place\n",
+        ),
+        (
+            OSError(122, "Disk quota exceeded"),
+            "error: Disk quota exceeded; make room or choose another place\n",
+        ),
+        (
+            OSError(30, "Read-only file system", "/x"),
+            "error: Read-only file system: /x; allow access or choose another place\n",
+        ),
     ],
 )
 def test_errors_of_main_are_one_sentence_and_code_2(call, tmp_path, error, words):

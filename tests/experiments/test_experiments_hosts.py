@@ -16,6 +16,7 @@ import pytest
 
 from distillspec_jax import hosts, zoo
 from distillspec_jax.errors import UserError
+from experiments import door
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOCKS = ("wall_time", "seconds", "tokens_per_second", "train_seconds")
@@ -234,9 +235,97 @@ def arrive(folder, ages):
 
 
 def test_hosts_of_an_earlier_start_are_not_counted_as_here(tmp_path):
-    arrive(tmp_path, {"0": 0, "1": 900, "2": 3})
-    assert hosts._missing(tmp_path, "0", 4, 5).startswith("hosts 1, 3 of 4 did not come within 5")
+    arrive(tmp_path, {"0": 0, "1": 900, "2": 3, "3": 6})  # host 3 gave up a second before 0 came
+    assert hosts._missing(tmp_path, "0", 5, 5).startswith("hosts 1, 3, 4 of 5 did not come within")
     assert hosts._missing(tmp_path, "0", None, 5).startswith("only 0, 2 came within 5")
+
+
+class Left(BaseException):
+    """What `os._exit` raises in a test."""
+
+
+def leave(code):
+    raise Left(code)
+
+
+def test_a_host_that_met_the_others_is_missed_at_a_quick_restart(tmp_path, monkeypatch, capsys):
+    variables = {"DISTILLSPEC_HOSTS": "2", "JAX_COORDINATOR_ADDRESS": "localhost:1"}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: None)
+    for host in ("0", "1"):
+        hosts.initialize(tmp_path, variables | {"DISTILLSPEC_HOST": host})
+
+    def wait(**_):
+        hosts._give_up(tmp_path / hosts.ARRIVALS, "0", 2, 300)
+
+    monkeypatch.setattr(jax.distributed, "initialize", wait)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(Left, match=str(hosts.LOST)):
+        hosts.initialize(tmp_path, variables | {"DISTILLSPEC_HOST": "0"})
+    assert "error: host 1 of 2 did not come within 300 seconds" in capsys.readouterr().err
+
+
+def test_a_wait_ends_even_if_nobody_can_be_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(Left, match=str(hosts.LOST)):
+        hosts._give_up(tmp_path, "0", 2, 300)
+    assert "error: not all hosts came within 300 seconds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [
+        ({"SLURM_PROCID": "11", "SLURM_NTASKS": "16"}, ("11", 16)),
+        ({"TPU_WORKER_ID": "2", "TPU_WORKER_HOSTNAMES": "a,b,c,d"}, ("2", 4)),
+        (
+            {
+                "TPU_WORKER_ID": "1",
+                "TPU_WORKER_HOSTNAMES": "a,b",
+                "MEGASCALE_SLICE_ID": "2",
+                "MEGASCALE_NUM_SLICES": "3",
+            },
+            ("5", 6),
+        ),
+        ({"SLURM_PROCID": "11"}, (socket.gethostname(), None)),
+    ],
+)
+def test_a_cluster_tells_the_number_of_a_process(tmp_path, monkeypatch, variables, found):
+    """Several tasks of a node share its name."""
+    seen = []
+    monkeypatch.setattr(hosts, "_give_up", lambda *arguments: seen.append(arguments[1:3]))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: time.sleep(1.5))
+    variables |= {"DISTILLSPEC_HOSTS": "auto", "DISTILLSPEC_HOSTS_TIMEOUT": "1"}
+    hosts.initialize(tmp_path, variables)
+    assert seen == [found]
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "words"),
+    [
+        ("UNAVAILABLE: failed to connect to all addresses", hosts.LOST, "lost each other"),
+        ("DEADLINE_EXCEEDED: Barrier timed out", hosts.LOST, "lost each other"),
+        ("UNKNOWN: Gloo all-reduce failed: closed", hosts.LOST, "lost each other"),
+        ("INTERNAL: NCCL operation ncclAllReduce failed", hosts.LOST, "lost each other"),
+        (
+            "RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.",
+            1,
+            "host 0 is out of memory (RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.); ",
+        ),
+        ("INTERNAL: NCCL operation failed: Cuda failure 'out of memory'", 1, "--plan"),
+        ("INVALID_ARGUMENT: Incompatible shapes", 1, "Traceback"),
+    ],
+)
+def test_only_what_breaks_between_hosts_is_their_loss(monkeypatch, capsys, text, code, words):
+    slept = []
+
+    def action():
+        raise jax.errors.JaxRuntimeError(text)
+
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(Left, match=f"^{code}$"):
+        door._among_hosts(action)
+    assert words in capsys.readouterr().err
+    assert slept == [310] * (code == hosts.LOST)  # the engine's heartbeat has the last word
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,12 @@ def test_finetune_learns_and_leaves_what_it_promises(run, tmp_path):
     assert card["model"]["name"] == "draft"
 
 
+def test_the_largest_seed_is_taken(run, tmp_path):
+    largest = ("--config.seed=4294967295", "--config.steps=1")
+    assert run("finetune", *largest, "--config.model=cpu_draft")[0] is None
+    assert summary(tmp_path / "run")["seed"] == 2**32 - 1
+
+
 def test_distill_stopped_and_resumed_is_uninterrupted(run, tmp_path, monkeypatch):
     """On-policy: what the draft writes, the order of the data and the records, to the bit."""
     assert run("distill", workdir="whole")[0] is None
@@ -236,6 +242,8 @@ def refused(result, words):
         ("finetune", {"steps": 0}, "config.steps is 0"),
         ("finetune", {"micro_batches": 3}, "must divide the batch size 4"),
         ("finetune", {"average_decay": 1.0}, "config.average_decay is 1.0"),
+        ("finetune", {"seed": -1}, "config.seed is -1, must be within 0 and 2**32 - 1"),
+        ("distill", {"seed": 2**32}, "config.seed is 4294967296"),
         ("distill", {"target": "FOREIGN"}, "have different vocabularies: fingerprint"),
         ("distill", {"draft": "FOREIGN"}, "have different vocabularies: fingerprint"),
         ("distill", {"recipe": {"name": "distilspec"}}, "did you mean 'distillspec'"),

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all, the right ones kept, damage told and stepped over."""
 
+import errno
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from distillspec_jax.errors import UserError
@@ -204,6 +206,70 @@ def test_all_damaged_is_an_error_and_loses_nothing(make_toy, capsys):
     capsys.readouterr()
 
 
+def test_all_damaged_stays_an_error_at_the_next_start(make_toy, capsys):
+    """A fresh start would empty the records of the steps that were taken."""
+    toy = make_toy()
+    toy.run(steps=4, evaluate=False)
+    records = (toy.workdir / "metrics.jsonl").read_text()
+    for step in steps_in(toy):
+        damage_by_deleting(toy.workdir / "checkpoints" / str(step))
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"):
+            toy.run(steps=4, evaluate=False)
+    assert (toy.workdir / "metrics.jsonl").read_text() == records
+    capsys.readouterr()
+
+
+NO_DAMAGE = [
+    MemoryError(),
+    PermissionError(errno.EACCES, "Permission denied", "params/d/0"),
+    OSError(errno.EIO, "Input/output error"),
+    OSError(errno.ESTALE, "Stale file handle"),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes."),
+    ValueError("RESOURCE_EXHAUSTED: Error reading local file: Too many open files"),
+    ValueError("UNKNOWN: Error reading local file: Input/output error"),
+    ValueError("PERMISSION_DENIED: Error reading local file: Permission denied"),
+]
+
+
+@pytest.mark.parametrize("error", NO_DAMAGE, ids=lambda error: repr(error)[:30])
+def test_what_is_no_damage_moves_nothing(make_toy, monkeypatch, capsys, error):
+    toy = make_toy()
+    saved = save(toy, [3, 7])
+
+    def failing(*arguments, **named):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.StandardCheckpointHandler, "restore", failing)
+        is_refused = "ermission denied" in str(error)
+        with pytest.raises(UserError if is_refused else type(error)) as raised:
+            restore(toy)
+        assert is_refused == ("may not be read" in str(raised.value))
+    assert steps_in(toy) == [3, 7]
+    assert not (toy.workdir / "damaged").exists()
+    assert capsys.readouterr().err == ""
+    assert_same(restore(toy)[0], saved[7])
+
+
+def test_a_state_is_freed_before_a_checkpoint_is_read_in_its_place(make_toy, monkeypatch):
+    toy, freed = make_toy(average_decay=0.9), []
+    real = Checkpoints._restore_step
+
+    def watched(*arguments):
+        freed.extend(leaf.is_deleted() for leaf in jax.tree.leaves(fresh))
+        return real(*arguments)
+
+    monkeypatch.setattr(Checkpoints, "_restore_step", watched)
+    checkpoints, fresh = toy.checkpoints(), toy.state()
+    assert checkpoints.restore(fresh) is None  # nothing saved: nothing freed
+    checkpoints.save(fresh, {})
+    checkpoints.wait()
+    assert checkpoints.restore(fresh) is not None
+    checkpoints.close()
+    assert freed == [True] * len(jax.tree.leaves(fresh))
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -245,6 +311,7 @@ def test_leftovers_of_a_killed_save_are_cleaned_up(make_toy):
     left = toy.workdir / "checkpoints" / "7.orbax-checkpoint-tmp"
     shutil.copytree(toy.workdir / "checkpoints" / "3", left)
     assert_same(restore(toy)[0], saved[3])
+    save(toy, [7])  # the cleaning goes on behind a restore; a save waits for it
     assert not left.exists()
 
 
@@ -260,8 +327,8 @@ def test_disk_full_leaves_the_last_good_checkpoint(make_toy, tmp_path):
         toy = make_toy()
         toy.workdir = disk
         rng = np.random.default_rng(0)  # noise: compression does not help
-        big = {"w": jnp.asarray(rng.normal(size=200_003), jnp.float32)}
-        state = toy.state().replace(params=big)
+        big = {"w": rng.normal(size=200_003).astype(np.float32)}
+        state = toy.state().replace(params=jax.tree.map(jnp.asarray, big))
         checkpoints = toy.checkpoints()
 
         def fill():
@@ -281,6 +348,19 @@ def test_disk_full_leaves_the_last_good_checkpoint(make_toy, tmp_path):
         checkpoints.close()
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_host_that_is_gone_is_no_fault_of_the_disk(make_toy, monkeypatch):
+    checkpoints = make_toy().checkpoints()
+
+    def late():
+        raise TimeoutError("Timed out while waiting for async_write_complete barrier.")
+
+    monkeypatch.setattr(checkpoints._manager, "wait_until_finished", late)
+    with pytest.raises(TimeoutError, match="barrier"):
+        checkpoints.wait()
+    monkeypatch.undo()
+    checkpoints.close()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int32", "bfloat16", "bool", "uint32", "uint8"])

@@ -1,10 +1,13 @@
 """Records of a run: JSON that stays valid, and no step told twice after a restart."""
 
+import errno
 import json
 import math
+import threading
 
 import numpy as np
 import pytest
+from tensorboardX import record_writer
 from tensorboardX.proto import event_pb2
 
 from distillspec_jax.training.metrics import MetricsWriter, drop_records_after
@@ -59,18 +62,23 @@ def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
     assert path.read_text() == '{"step": 1, "kind": "train"}\n'
 
 
-def scalars(workdir):
-    """(tag, step) -> value of the event files, in the order of their names."""
-    found = {}
+def events(workdir):
+    """What the event files hold, in the order of their names."""
     for file in sorted((workdir / "tensorboard").iterdir()):
         data = file.read_bytes()
         while data:
             size = int.from_bytes(data[:8], "little")
-            event = event_pb2.Event.FromString(data[12 : 12 + size])
+            yield event_pb2.Event.FromString(data[12 : 12 + size])
             data = data[16 + size :]
-            for value in event.summary.value:
-                found[value.tag, event.step] = value.simple_value
-    return found
+
+
+def scalars(workdir):
+    """(tag, step) -> value."""
+    return {
+        (value.tag, event.step): value.simple_value
+        for event in events(workdir)
+        for value in event.summary.value
+    }
 
 
 def test_event_files_hold_the_numbers(tmp_path):
@@ -78,3 +86,34 @@ def test_event_files_hold_the_numbers(tmp_path):
         writer.write("train", 3, {"loss": 0.5})
         writer.write("eval", 5, {"tau": 2.0, "tau_ci95": [1.5, 2.5]})
     assert scalars(tmp_path) == {("train/loss", 3): 0.5, ("eval/tau", 5): 2.0}
+
+
+def test_event_files_hide_the_steps_that_are_undone(tmp_path):
+    with MetricsWriter(tmp_path, resumed_step=4):
+        pass
+    [start] = [each for each in events(tmp_path) if each.session_log.status]
+    assert (start.step, start.session_log.status) == (5, event_pb2.SessionLog.START)
+
+
+@pytest.mark.parametrize("method", ["write", "close"])
+def test_event_files_that_cannot_be_written_stop_nothing(tmp_path, monkeypatch, capsys, method):
+    real = getattr(record_writer.RecordWriter, method)
+
+    def full(*arguments):
+        real(*arguments)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def run():
+        with MetricsWriter(tmp_path) as writer:
+            monkeypatch.setattr(record_writer.RecordWriter, method, full)
+            for step in range(100):
+                writer.write("train", step, {"loss": 0.5, "norm": 1.5})
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(timeout=20)
+    assert not thread.is_alive()
+    assert [record["step"] for record in read(tmp_path)] == list(range(100))
+    err = capsys.readouterr().err
+    assert err.startswith("warning: the files for TensorBoard end here ([Errno 28] No space left")
+    assert err.count("\n") == 1
