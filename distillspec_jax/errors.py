@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -11,6 +13,16 @@ class UserError(ValueError):
 
     Entrypoints print it as `error: ...` and leave with exit code 2.
     """
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts `path` into an OSError that names no file: a write to a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], where: str = "") -> UserError:

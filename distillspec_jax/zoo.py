@@ -120,10 +120,7 @@ def vocabulary_of(found: Found) -> Vocabulary | None:
     """The vocabulary that lies beside a model's weights, if one does that this project reads."""
     if found.kind != "huggingface" or found.path is None:
         return None
-    files = huggingface.tokenizer_files(found.path)
-    settings = files.get("tokenizer_config.json")
-    if settings and "ByT5Tokenizer" in settings.read_text("utf-8", errors="replace"):
-        return load_vocabulary("bytes")
+    huggingface.tokenizer_files(found.path)  # refuses links out of the folder
     try:
         return load_vocabulary(found.path)
     except UserError:  # no tokenizer, or of a kind that only transformers knows

@@ -8,12 +8,13 @@ Reads what the runs wrote and nothing else; writes `report.html`, `tables.md` an
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from distillspec_jax.report.figures import figures_of, render
 from distillspec_jax.report.headline import lines
 from distillspec_jax.report.page import page
-from distillspec_jax.report.runs import find_runs
+from distillspec_jax.report.runs import Run, find_runs
 from distillspec_jax.report.tables import tables_of
 from experiments import door
 
@@ -29,21 +30,25 @@ class ReportConfig:
 
 def main(config: ReportConfig, workdir: Path) -> None:
     runs = find_runs(workdir)
-    tables = tables_of(runs)
-    folder = workdir / FIGURES
-    folder.mkdir(exist_ok=True)
-    figures = {}
-    for name, (caption, figure) in figures_of(runs).items():
-        figures[name] = caption, render(figure, "svg")
-        (folder / f"{name}.svg").write_bytes(figures[name][1])
-        (folder / f"{name}.png").write_bytes(render(figure, "png"))
-    (workdir / TABLES).write_text("\n".join(table.markdown() for table in tables), "utf-8")
-    title = config.title or f"Report: {workdir.name}"
-    (workdir / PAGE).write_text(page(title, runs, tables, figures), "utf-8")
+    for path, content in _files(config, workdir, runs).items():  # all drawn before one is written
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
     for run in runs:
         if run.is_evaluation:
             print("\n".join(lines(run)))
     print(f"look: {workdir / PAGE} ({TABLES}, {FIGURES}/)")
+
+
+def _files(config: ReportConfig, workdir: Path, runs: Sequence[Run]) -> dict[Path, bytes]:
+    tables, drawn = tables_of(runs), figures_of(runs)
+    svgs = {name: (caption, render(figure, "svg")) for name, (caption, figure) in drawn.items()}
+    title = config.title or f"Report: {workdir.name}"
+    files = {workdir / FIGURES / f"{name}.svg": svg for name, (_, svg) in svgs.items()}
+    for name, (_, figure) in drawn.items():
+        files[workdir / FIGURES / f"{name}.png"] = render(figure, "png")
+    files[workdir / TABLES] = "\n".join(table.markdown() for table in tables).encode()
+    files[workdir / PAGE] = page(title, runs, tables, svgs).encode()
+    return files
 
 
 if __name__ == "__main__":

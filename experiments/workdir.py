@@ -15,7 +15,7 @@ import flax
 import jax
 
 import distillspec_jax
-from distillspec_jax.errors import UserError
+from distillspec_jax.errors import UserError, naming
 from distillspec_jax.hosts import ARRIVALS
 from distillspec_jax.training.metrics import finite
 from experiments import door
@@ -47,7 +47,7 @@ class Workdir:
             raise UserError(f"--workdir={path} is a file, must be a folder")
         entries = path.iterdir() if path.exists() else ()
         present = {entry.name for entry in entries if not (entry / CONFIG).is_file()}
-        if present - {CONFIG, LOCK, ARRIVALS}:
+        if present - {CONFIG, LOCK, ARRIVALS, _beside(Path(CONFIG)).name}:
             _refuse_other_run(path, experiment, config, may_change)
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
@@ -119,9 +119,17 @@ def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, "utf-8")
-    os.replace(beside, path)
+    beside = _beside(path)
+    with naming(path):
+        try:
+            beside.write_text(text, "utf-8")
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _lock(path: Path) -> int:
@@ -129,11 +137,17 @@ def _lock(path: Path) -> int:
     descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(descriptor)
         raise UserError(
             f"another job is at work in --workdir={path}; wait or choose another"
         ) from None
+    except OSError as error:
+        os.close(descriptor)
+        raise UserError(
+            f"the file system of --workdir={path} has no locks ({error.strerror}); choose a folder "
+            "on one that has, or have it mounted with them (Lustre: -o flock)"
+        ) from error
     return descriptor
 
 

@@ -5,7 +5,9 @@
 #   bash launch/tpu_pod.sh my-v5e-64 us-west4-a distill --config=... --workdir=/mnt/bucket/run
 #
 # Needs gcloud with access to the slice, and on its workers Python 3.11 or 3.12 and the workdir: one
-# folder that all see (Filestore, or a bucket mounted with gcsfuse). Run it again to resume.
+# folder that all see (Filestore, or a bucket with a hierarchical namespace, mounted by
+# gcsfuse --implicit-dirs --rename-dir-limit=200000: a checkpoint becomes whole by the renaming of
+# its folder). Run it again to resume.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -102,6 +102,15 @@ def eval_batches(
     return iter(steps.map(encode).to_iter_dataset(_read_options(16)))
 
 
+def trimmed(inputs: np.ndarray, bucket: int = 32) -> np.ndarray:
+    """Prompts [B, S] without the columns that are padding in all rows, S a multiple of `bucket`.
+
+    Few shapes to compile, and no work on padding that no row needs.
+    """
+    longest = int((inputs != 0).sum(axis=1).max())
+    return inputs[:, : -(-longest // bucket) * bucket]
+
+
 def _read_options(ahead: int) -> grain.ReadOptions:
     return grain.ReadOptions(num_threads=2, prefetch_buffer_size=ahead)
 
@@ -178,11 +187,16 @@ class _Encoder:
         if self.truncate:
             source = _cut(source, self.input_length, end * self.input_eos)
             target = _cut(target, self.target_length, end)
-        if len(source) > self.input_length or len(target) > self.target_length:
+        sides = (("input", source, self.input_length), ("target", target, self.target_length))
+        excess = [
+            f"{len(pieces)} {side} pieces, where {side}_length is {length}"
+            for side, pieces, length in sides
+            if len(pieces) > length
+        ]
+        if excess:
             raise UserError(
-                f"{locate(self.examples, index)} is too long: {len(source)} input and "
-                f"{len(target)} target pieces, where input_length is {self.input_length} and "
-                f"target_length is {self.target_length}; raise them, or set truncate to true"
+                f"{locate(self.examples, index)} is too long: {' and '.join(excess)}; raise what "
+                "is too short, or set truncate to true"
             )
         return source, target
 

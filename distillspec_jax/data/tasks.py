@@ -167,6 +167,11 @@ class Task:
         if part is None:
             return examples
         first, last = (int(bound) if bound else None for bound in part.group("first", "last"))
+        if not examples[first:last]:
+            raise UserError(
+                f"the part '{split}' of task '{self.name}' is empty: '{name}' has "
+                f"{len(examples):,} examples"
+            )
         return examples[first:last]
 
     def check_teacher(self, fingerprint: str) -> None:

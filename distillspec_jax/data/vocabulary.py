@@ -159,7 +159,7 @@ def load_vocabulary(name: str | Path) -> Vocabulary:
 
     Args:
       name: "arithmetic_stories" (packaged), "bytes" (ByT5), a SentencePiece `.model` file, a
-        unigram `tokenizer.json`, or a Hugging Face folder that holds one of the two.
+        unigram `tokenizer.json`, or a Hugging Face folder that holds one of the two or is ByT5's.
     """
     if name == "arithmetic_stories":
         return SentencePieceVocabulary(ARITHMETIC_STORIES.read_bytes(), ARITHMETIC_STORIES)
@@ -167,6 +167,8 @@ def load_vocabulary(name: str | Path) -> Vocabulary:
         return ByteVocabulary()
     path = Path(name)
     if path.is_dir():
+        if _is_byt5(path):
+            return ByteVocabulary()
         names = ("tokenizer.json", "spiece.model")
         found = [path / file for file in names if (path / file).is_file()]
         if not found:
@@ -183,6 +185,11 @@ def load_vocabulary(name: str | Path) -> Vocabulary:
     except OSError as error:
         raise UserError(f"cannot read the vocabulary '{name}': {error.strerror}") from error
     return SentencePieceVocabulary(proto, path)
+
+
+def _is_byt5(folder: Path) -> bool:
+    settings = folder / "tokenizer_config.json"
+    return settings.is_file() and "ByT5Tokenizer" in settings.read_text("utf-8", errors="replace")
 
 
 def check_same(

@@ -65,11 +65,20 @@ def write_shard(
     """Writes one file, whole or not at all."""
     path = settings.path(folder, shard)
     beside = path.with_name(f".{path.name}.tmp")
-    writer = ArrayRecordWriter(str(beside), "group_size:1")  # one by one: read in any order
-    for record in (dataclasses.asdict(settings), *(text._asdict() for text in texts)):
-        writer.write(json.dumps(record).encode())
-    writer.close()
-    os.replace(beside, path)
+    records = [dataclasses.asdict(settings), *(text._asdict() for text in texts)]
+    try:
+        writer = ArrayRecordWriter(str(beside), "group_size:1")  # one by one: read in any order
+        for record in records:
+            writer.write(json.dumps(record).encode())
+        writer.close()
+        os.replace(beside, path)
+    except RuntimeError as error:
+        reason = str(error).partition(";")[0]
+        raise UserError(
+            f"cannot write {path} ({reason}); make room or allow writing there"
+        ) from None
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def is_written(folder: Path, settings: Settings, shard: int) -> bool:

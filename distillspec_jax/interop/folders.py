@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distillspec_jax.errors import UserError
+from distillspec_jax.errors import UserError, naming
 
 MAX_JSON_BYTES = 32 * 2**20  # an index of an 11B checkpoint has about 0.1 MB
 
@@ -97,7 +97,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        yield temporary
+        with naming(path):
+            yield temporary
         os.rename(temporary, path)  # replaces an empty folder, fails on any other
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

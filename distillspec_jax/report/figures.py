@@ -177,6 +177,8 @@ def _line(panel: Axes, rows: Sequence[Record], key: str, colour: str, label: str
 def accepted_lengths(run: Run) -> Figure | None:
     """How many drafted tokens a block keeps, as shares of all blocks, at the widest gamma."""
     rows = [row for row in decoded_rows(run) if row["lossless"]]
+    if not rows:
+        return None
     gamma, names = max(row["gamma"] for row in rows), _names(run)
     rows = [row for row in rows if row["gamma"] == gamma]
     colours, width = colours_of(names), 0.8 / len(names)

@@ -1,5 +1,7 @@
 """Builders: what they make of the files, and what they refuse."""
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -135,6 +137,16 @@ def test_missing_folders_and_files_are_told(tmp_path):
         base.prepare(Gsm8k, str(tmp_path / "gone"))
     with pytest.raises(UserError, match=r"src-train.txt with tgt-train.txt"):
         base.prepare(Wmt14Ende, str(tmp_path))
+
+
+def test_a_cache_on_a_file_system_without_locks_is_told(tmp_path, data_cache, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    jsonl(tmp_path / "train.jsonl", {"question": "a", "answer": "b"})
+    with pytest.raises(UserError, match=r"has no locks \(No locks available\); name a folder"):
+        base.prepare(Gsm8k, str(tmp_path))
 
 
 def test_a_failed_preparation_leaves_nothing_behind(tmp_path, data_cache):

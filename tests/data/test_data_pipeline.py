@@ -171,17 +171,27 @@ def test_buckets_lose_nothing_and_save_padding():
 
 
 @pytest.mark.parametrize("make", [train, evaluate])
-@pytest.mark.parametrize(("input_length", "target_length"), [(2, 4), (3, 3)])
+@pytest.mark.parametrize(("input_length", "target_length"), [(2, 4), (3, 3), (2, 3)])
 def test_over_long_examples_are_named(make, input_length, target_length, tmp_path):
     path = tmp_path / "long.jsonl"
     path.write_text('{"input": "3", "target": "4"}\n\n{"input": "9 10 11", "target": "5 6 7"}\n')
     examples = JsonlExamples(path)
-    message = (
-        r"long\.jsonl:3 is too long: 3 input and 4 target pieces, where input_length is "
-        rf"{input_length} and target_length is {target_length}"
-    )
+    excess = []
+    if input_length < 3:
+        excess.append(f"3 input pieces, where input_length is {input_length}")
+    if target_length < 4:
+        excess.append(f"4 target pieces, where target_length is {target_length}")
+    message = rf"long\.jsonl:3 is too long: {' and '.join(excess)}; raise"
     with pytest.raises(UserError, match=message):
         make(examples, batch_size=1, input_length=input_length, target_length=target_length)
+
+
+def test_prompts_lose_the_columns_that_all_of_them_pad():
+    inputs = np.zeros((2, 11), np.int32)
+    inputs[0, :3], inputs[1, :5] = 7, 8
+    np.testing.assert_array_equal(pipeline.trimmed(inputs, 4), inputs[:, :8])
+    np.testing.assert_array_equal(pipeline.trimmed(inputs, 5), inputs[:, :5])
+    np.testing.assert_array_equal(pipeline.trimmed(inputs, 16), inputs)
 
 
 def test_over_long_examples_far_behind_are_found_when_drawn(monkeypatch):

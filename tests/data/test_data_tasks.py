@@ -41,6 +41,12 @@ def test_a_split_can_be_taken_in_part(own, part, inputs):
     assert [example.input for example in load_task(own).examples(part)] == inputs
 
 
+@pytest.mark.parametrize("part", ["train[2:]", "train[:0]", "train[-9:-5]"])
+def test_an_empty_part_of_a_split_is_refused(own, part):
+    with pytest.raises(UserError, match=r"the part 'train\[.*\]' of .* is empty: 'train' has 2 "):
+        load_task(own).examples(part)
+
+
 def test_own_files(own):
     task = load_task(own)
     assert (task.splits, task.metric) == (("train",), "none")

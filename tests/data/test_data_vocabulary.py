@@ -189,6 +189,15 @@ def test_other_tokenizers_are_refused(t5_json, change, message):
         load_vocabulary(t5_json)
 
 
+def test_a_folder_of_byt5_speaks_bytes_without_a_vocabulary_file(tmp_path):
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    assert load_vocabulary(tmp_path).fingerprint == load_vocabulary("bytes").fingerprint
+    settings.write_text('{"tokenizer_class": "T5Tokenizer"}')
+    with pytest.raises(UserError, match="holds neither"):
+        load_vocabulary(tmp_path)
+
+
 def test_missing_and_broken_files_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"'gone.model' is neither a file nor one of"):
         load_vocabulary("gone.model")

@@ -88,6 +88,15 @@ def test_slurm_starts_one_process_per_gpu_with_the_flags():
     assert options["signal"].startswith("TERM@")
 
 
+def test_slurm_hands_the_cores_of_a_process_to_srun(tmp_path):
+    srun = tmp_path / "srun"
+    srun.write_text('#!/usr/bin/env bash\necho "cores: ${SRUN_CPUS_PER_TASK:-none}"\n')
+    srun.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = run("slurm.sbatch", "distill", PATH=path, SLURM_CPUS_PER_TASK="8")
+    assert done.stdout == "cores: 8\n"
+
+
 @pytest.mark.parametrize(
     ("script", "arguments"),
     [
@@ -204,7 +213,11 @@ def test_jobset_runs_one_indexed_worker_per_host_and_does_not_retry_bad_input(jo
     [volume] = job["template"]["spec"]["volumes"]
     [mount] = container["volumeMounts"]
     assert mount == {"name": volume["name"], "mountPath": "/bucket"}
-    assert volume["csi"]["volumeAttributes"] == {"bucketName": "my-bucket"}
+    assert volume["csi"]["volumeAttributes"] == {
+        "bucketName": "my-bucket",
+        # else gcsfuse renames no folder that holds something, and no checkpoint is committed
+        "mountOptions": "implicit-dirs,rename-dir-limit=200000",
+    }
     assert job["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
     checked = subprocess.run(["bash", "-n"], input=container["command"][-1], text=True)
     assert checked.returncode == 0

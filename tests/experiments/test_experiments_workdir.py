@@ -1,7 +1,10 @@
 """The workdir: one run, one job at a time, and nothing overwritten by mistake."""
 
 import dataclasses
+import errno
+import fcntl
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +134,16 @@ def test_a_second_job_is_refused_until_the_first_ends(tmp_path):
     start(tmp_path)
 
 
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_no_other_job(tmp_path, monkeypatch, code):
+    def flock(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match=rf"file system of --workdir={tmp_path} has no locks \("):
+        start(tmp_path)
+
+
 def test_a_killed_job_leaves_no_lock(tmp_path):
     code = (
         "import sys, time; sys.path.insert(0, '.')\n"
@@ -165,3 +178,16 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "x.json", {"a": float("nan")})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+
+
+def test_a_full_disk_is_told_by_file_and_leaves_no_part_of_one(tmp_path):
+    (tmp_path / ".config.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as error:
+        start(tmp_path)
+    assert error.value.filename == str(tmp_path / "config.json")
+    assert os.listdir(tmp_path) == [".lock"]
+
+
+def test_a_start_that_was_killed_in_its_first_write_goes_through_later(tmp_path):
+    (tmp_path / ".config.json.tmp").write_text("{")
+    start(tmp_path)

@@ -328,6 +328,18 @@ def test_a_folder_is_there_when_it_is_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
+def test_a_full_disk_is_told_by_folder_and_leaves_no_part_of_one(tmp_path):
+    def write():
+        with folders.new_folder(tmp_path / "new") as unfinished:
+            (unfinished / "config.json").symlink_to("/dev/full")
+            folders.write_json(unfinished / "config.json", {})
+
+    with pytest.raises(OSError, match="No space left") as error:
+        write()
+    assert error.value.filename == str(tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_padding_rows_are_suppressed_in_what_is_exported(tmp_path, random_model):
     config = ModelConfig(
         name="padded",

@@ -20,6 +20,7 @@ from distillspec_jax.report.tables import (
     tables_of,
     training_table,
 )
+from experiments import report
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +128,33 @@ def test_lossy_rows_say_so_and_stay_out_of_the_headline(runs_folder):
     assert drafts_table(evaluation).rows[-1][6] == "-"
     assert "9.00x" not in " ".join(lines(evaluation))
     assert all(7.9 not in panel for panel in heights(figures_of([evaluation]), "block_efficiency"))
+
+
+def give_the_law_up(summary):
+    for row in summary["pooled"]:
+        row |= {"lenience": 0.5, "lossless": False}
+
+
+def test_an_evaluation_without_a_lossless_setting_has_tables_and_no_headline(runs_folder):
+    evaluation = change(runs_folder, ".", give_the_law_up)[0]
+    assert lines(evaluation) == ["no lossless setting was measured; the tables show the others"]
+    drawn = figures_of([evaluation])
+    assert "accepted_lengths" not in drawn
+    svgs = {name: (caption, render(figure, "svg")) for name, (caption, figure) in drawn.items()}
+    text = page("x", [evaluation], tables_of([evaluation]), svgs)
+    assert "distilled, lenience 0.5" in text
+    assert "no lossless setting was measured" in text
+
+
+def test_nothing_is_written_where_something_cannot_be_drawn(runs_folder, monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError
+
+    before = sorted(runs_folder.rglob("*"))
+    monkeypatch.setattr(report, "page", fail)
+    with pytest.raises(ZeroDivisionError):
+        report.main(report.ReportConfig(), runs_folder)
+    assert sorted(runs_folder.rglob("*")) == before
 
 
 def test_three_lines_say_what_was_gained(evaluation):

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 import tensorflow_datasets as tfds
 
@@ -141,11 +141,21 @@ def prepare(builder_class: type[TextPairs], source_dir: str = "") -> TextPairs:
             "name a folder in the environment variable DISTILLSPEC_DATA"
         ) from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _wait_for(lock)
         builder = builder_class(source_dir=source_dir, data_dir=root)
         tfds.disable_progress_bar()
         builder.download_and_prepare()  # nothing to do where the data lie already
     return builder
+
+
+def _wait_for(lock: IO[str]) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        raise UserError(
+            f"the file system of '{cache_dir()}' has no locks ({error.strerror}); name a folder on "
+            "one that has in the environment variable DISTILLSPEC_DATA"
+        ) from error
 
 
 def _digest(sources: Mapping[str, Sequence[Path]]) -> str:
