@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distillspec_jax import zoo
+from distillspec_jax.data.pipeline import trimmed
 from distillspec_jax.data.tasks import Task
 from distillspec_jax.data.vocabulary import Vocabulary, check_same
 from distillspec_jax.decoding.autoregressive import Generation, autoregressive_sample
@@ -61,29 +62,29 @@ def load(path: str, task: Speaks, *, seed: int = 0, shardings: Shardings | None 
 
     Raises UserError if it does not speak the task's vocabulary.
     """
-    names = (f"model '{path}'", "the task")
-    check_same(zoo.describe(path), task.vocabulary.describe(), names)
-    model, params = zoo.load(path, seed=seed, shardings=shardings)
-    _check_pieces(path, model, task)
-    return Loaded(path, model, params)
+    _check_vocabulary(path, task)
+    return Loaded(path, *zoo.load(path, seed=seed, shardings=shardings))
 
 
 def outline(
     path: str, task: Speaks, *, seed: int = 0, shardings: Shardings | None = None
 ) -> Loaded:
-    """What `load` would load, with shapes and shardings in place of arrays."""
+    """What `load` would load or refuse, with shapes and shardings in place of arrays."""
+    _check_vocabulary(path, task)
     model, _ = _outline(path)
-    _check_pieces(path, model, task)
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(seed)))
     if shardings is not None:
         shapes = placed(shapes, shardings(model.config))
     return Loaded(path, model, shapes)
 
 
-def _check_pieces(path: str, model: Transformer, task: Speaks) -> None:
-    if model.config.num_pieces < task.vocabulary.size:
+def _check_vocabulary(path: str, task: Speaks) -> None:
+    names = (f"model '{path}'", "the task")
+    check_same(zoo.describe(path), task.vocabulary.describe(), names)
+    pieces = _outline(path)[0].config.num_pieces
+    if pieces < task.vocabulary.size:
         raise UserError(
-            f"model '{path}' has {model.config.num_pieces} pieces, the vocabulary of the task has "
+            f"model '{path}' has {pieces} pieces, the vocabulary of the task has "
             f"{task.vocabulary.size}; take a model of that vocabulary"
         )
 
@@ -127,10 +128,12 @@ class Prompts:
 
 
 def read_prompts(task: Task, split: str, count: int) -> Prompts:
-    """The first `count` prompts of a split, in order."""
+    """The first `count` prompts of a split, in order, no wider than the longest needs."""
     examples = task.examples(split)[:count]
     [batch] = task.eval_batches(split, batch_size=len(examples), count=count)
-    return Prompts(batch.inputs, batch.example_ids, [example.target for example in examples])
+    return Prompts(
+        trimmed(batch.inputs), batch.example_ids, [example.target for example in examples]
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +171,11 @@ class Bench:
 
     def seeds(self, name: str) -> list[Draft]:
         return [draft for draft in self.drafts if draft.config.name == name]
+
+    @property
+    def lossless_temperatures(self) -> list[float]:
+        """Those at which the target's own law is measured: 0 always, others with lenience 1."""
+        return [t for t in self.config.temperatures if t == 0 or 1 in self.config.lenience]
 
     def sampling(self, temperature: float) -> Sampling:
         return Sampling(temperature, self.config.top_k, self.config.top_p)
@@ -248,7 +256,7 @@ def open_bench(config: EvaluateConfig, task: Task) -> Bench:
     drafts = [Draft(draft, load(draft.path, task)) for draft in config.drafts]
     prompts = read_prompts(task, config.split, config.num_prompts)
     tuning = None
-    if config.tune:
+    if config.tune and config.has_whole_blocks:
         tuning = read_prompts(task, config.tuning_split, config.num_tuning_prompts)
     largest = max(config.timed_batch_sizes)
     if 0 < min(config.timed_prompts, len(prompts.row_ids)) < largest:

@@ -66,6 +66,7 @@ class Results:
             "steps": cell.steps,
             "temperature": temperature,
             "seeds": len(emitted),
+            "num_prompts": emitted.shape[1],
             **ratio(emitted, calls).keys("block_efficiency"),
             **ratio(accepted, tested).keys("acceptance_rate"),
         }
@@ -92,7 +93,8 @@ def summary(rows: list[Row], decoder: DecoderConfig) -> Row:
 
     The best is chosen on the prompts it is measured on, so its gain is a little flattered.
     """
-    found: Row = {"gamma": decoder.gamma, "num_prompts": decoder.num_prompts, "cells": rows}
+    prompts = rows[0]["num_prompts"]
+    found: Row = {"gamma": decoder.gamma, "num_prompts": prompts, "cells": rows}
     for temperature in decoder.temperatures:
         cells = [row for row in rows if row["divergence"] and row["temperature"] == temperature]
         best = max(cells, key=lambda row: row[f"gain_over_{CONTROL}"])
@@ -137,7 +139,8 @@ def _grid(rows: list[Row], split: str, steps: int) -> str:
         "| --- " * (len(sources) + 1) + "|",
     ]
     for divergence in dict.fromkeys(row["divergence"] for row in cells):
-        taus = [_tau(by_name[f"{divergence}-{source}"]) for source in sources]
+        names = [Cell(split, steps, divergence, source).name for source in sources]
+        taus = [_tau(by_name[name]) for name in names]
         lines.append(f"| {divergence} | {' | '.join(taus)} |")
     return "\n".join(lines) + "\n"
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,7 +48,8 @@ class Cell:
     def name(self) -> str:
         if self.steps == 0:
             return START
-        return CONTROL if self.loss == LIKELIHOOD else f"{self.loss}-{self.source}"
+        is_control = (self.loss, self.source) == (LIKELIHOOD, "fixed")
+        return CONTROL if is_control else f"{self.loss}-{self.source}"
 
     @property
     def key(self) -> str:
@@ -62,13 +62,13 @@ class Cell:
 
 
 def slug(text: str) -> str:
-    """The text as part of a file's name: "train[:300]" -> "train_300"."""
-    return re.sub(r"\W+", "_", text).strip("_")
+    """A part of the data as part of a file's name: "train[:-300]" -> "train_to_minus300"."""
+    return text.translate({ord("["): "_", ord(":"): "to_", ord("-"): "minus", ord("]"): None})
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """The draft of a cell; `means` are those of the metrics of all its steps."""
+    """The draft of a cell; `means` are those of the metrics of its steps, where they are finite."""
 
     params: Params
     skipped_updates: int
@@ -96,6 +96,10 @@ class Trainer:
         # (split, seed) -> texts of each step: with no draft in it, it is the same for all losses
         self._by_target: dict[tuple[str, int], list[tuple[Batch, Metrics]]] = {}
 
+    def halves(self, cell: Cell, optimizer: OptimizerConfig) -> tuple[Any, Any]:
+        """The jitted rollout and update of a cell, of `(state, target_params, batch)` both."""
+        return self._rollout(cell.source), self._update(cell.loss, optimizer, cell.steps)
+
     def train(
         self,
         cell: Cell,
@@ -110,12 +114,12 @@ class Trainer:
         """
         rule = make_optimizer(optimizer, cell.steps)
         state = TrainState.create(params, rule, seed=cell.seed)
-        update = self._update(cell.loss, optimizer, cell.steps)
+        rollout, update = self.halves(cell, optimizer)
         batches = self._batches(cell)
         totals: dict[str, np.ndarray] = {}
         pending: Metrics = {}
         for step in range(cell.steps):
-            batch, written = self._write(cell, state, step, batches)
+            batch, written = self._write(cell, rollout, state, step, batches)
             state, metrics = update(state, self._target.params, batch)
             _add(totals, pending)  # of the step before: this one runs meanwhile
             on_step(step)
@@ -134,9 +138,13 @@ class Trainer:
         return self._task.batches(cell.split, batch_size=self._batch_size, seed=cell.seed)
 
     def _write(
-        self, cell: Cell, state: TrainState, step: int, batches: Iterator[Batch]
+        self,
+        cell: Cell,
+        rollout: Callable[..., Any],
+        state: TrainState,
+        step: int,
+        batches: Iterator[Batch],
     ) -> tuple[Batch, Metrics]:
-        rollout = self._rollout(cell.source)
         if cell.source != "teacher":
             return rollout(state, self._target.params, next(batches))
         texts = self._by_target.setdefault((cell.split, cell.seed), [])
@@ -159,4 +167,5 @@ class Trainer:
 
 def _add(totals: dict[str, np.ndarray], metrics: Metrics) -> None:
     for name, pair in jax.device_get(metrics).items():
-        totals[name] = totals.get(name, np.zeros(2)) + np.array(pair, np.float64)
+        if np.isfinite(pair).all():  # not that of an update that was skipped
+            totals[name] = totals.get(name, np.zeros(2)) + np.array(pair, np.float64)

@@ -1,6 +1,7 @@
 """Measures what drafts gain for a target: acceptance, block efficiency, speed and quality.
 
-    python -m experiments.evaluate --config=experiments/configs/evaluate.py --workdir=runs/evaluate
+    python -m experiments.evaluate --config=experiments/configs/quickstart.py:evaluate \
+        --workdir=runs/quickstart
 
 All drafts meet the same prompts with the same randomness, and the clock runs interleaved. The
 block length that is timed is chosen by predicted speed on the tuning split, never on the prompts
@@ -22,7 +23,7 @@ from distillspec_jax.data import tasks
 from distillspec_jax.data.tasks import TaskConfig
 from distillspec_jax.decoding.block_length import FIXED, BlockLength
 from distillspec_jax.errors import UserError
-from experiments import door, measuring
+from experiments import door, measuring, planning_decoding
 from experiments.bench import Bench, open_bench
 from experiments.workdir import SUMMARY, Workdir, write_json_lines
 
@@ -62,7 +63,9 @@ class EvaluateConfig:
     max_new_tokens: int = 0  # 0: the task's target length
     batch_size: int = 64  # of decoding for acceptance; with a draft, its slots
     seed: int = 0  # of sampling
-    tune: bool = True  # also measure the gamma that predicts the highest speed
+    # also measure the gamma of the highest predicted speed; it is predicted for token
+    # verification of whole blocks alone
+    tune: bool = True
     tuning_split: str = "tuning"
     num_tuning_prompts: int = 200
     gamma_grid: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 10)  # what is predicted and tuned over
@@ -87,9 +90,14 @@ class EvaluateConfig:
             raise UserError("config.drafts has names with different numbers of seeds; 1 or all")
 
     @property
-    def has_whole_blocks(self) -> bool:
-        """Whether every block is gamma tokens of one draft, as the predictions take it."""
+    def drafts_whole_blocks(self) -> bool:
+        """Whether every block is gamma tokens of one draft, as the predicted speeds take it."""
         return self.block_length == FIXED and self.num_drafts == 1
+
+    @property
+    def has_whole_blocks(self) -> bool:
+        """Whether texts of the target tell tau, too: token verification of whole blocks."""
+        return self.drafts_whole_blocks and self.verification != "block"
 
 
 def _at_least(least: int, key: str, values: Iterable[int]) -> None:
@@ -117,12 +125,15 @@ def main(config: EvaluateConfig, workdir: Path) -> None:
 
 
 def _kept(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
-    """The summary that is there, if the same weights were measured on as many prompts."""
+    """The summary that is there, if the same drafts in order were measured on as many prompts."""
     try:
         summary = json.loads((path / SUMMARY).read_text("utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    return summary if about.items() <= summary.items() else None
+    if not about.items() <= summary.items():
+        return None
+    # the last draft is the headline: their order counts
+    return summary if list(about["weights"]) == list(summary["weights"]) else None
 
 
 def _announce(bench: Bench) -> None:
@@ -130,6 +141,8 @@ def _announce(bench: Bench) -> None:
     print(f"evaluate: {len(bench.prompts.row_ids)} prompts of {bench.task.name}/{config.split}")
     for role, loaded in bench.models.items():
         print(f"  {role}: {loaded.path}, {loaded.num_parameters:,} parameters")
+    if config.tune and not config.has_whole_blocks:
+        print("  no gamma is tuned: that knows token verification of whole blocks alone")
     grid = {"temperature": config.temperatures, "gamma": config.gammas, "lenience": config.lenience}
     print("  " + ", ".join(f"{name} {_list(values)}" for name, values in grid.items()))
     devices = jax.devices()
@@ -158,4 +171,5 @@ def _figure(row: dict[str, Any], key: str) -> str:
 
 
 if __name__ == "__main__":
-    door.run(main, EvaluateConfig)
+    plan = planning_decoding.planner(planning_decoding.of_evaluate)
+    door.run(main, EvaluateConfig, plan=plan)

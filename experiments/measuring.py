@@ -22,8 +22,8 @@ from distillspec_jax.progress import Progress
 from experiments.bench import Bench, Draft, Prompts, Runner, Setting
 
 Row = dict[str, Any]
-OF_WHOLE_BLOCKS = ("block_efficiency_path", "block_efficiency_iid")
-OF_TARGET_TEXTS = ("acceptance_rate_overlap", *OF_WHOLE_BLOCKS)
+# what the texts of the target alone say of token verification in whole blocks
+OF_TARGET_TEXTS = ("acceptance_rate_overlap", "block_efficiency_path", "block_efficiency_iid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,20 +57,23 @@ class Results:
         flat = {key: value for key, value in headline.items() if key != "seeds"}
         for gain in self.gains:
             key = f"{gain['figure']}_over_{gain['over']}_t{gain['temperature']:g}"
-            flat |= {key: gain["gain"], f"{key}_ci95": gain["gain_ci95"]}
+            if key not in flat:  # the first gamma's, as the row's
+                flat |= {key: gain["gain"], f"{key}_ci95": gain["gain_ci95"]}
         return {**flat, "drafts": self.drafts, "pooled": self.pooled, "gains": self.gains}
 
 
 def measure(bench: Bench) -> Results:
     """Runs the whole grid."""
-    costs = _costs(bench)
+    sizes = bench.config.timed_batch_sizes
+    costs = {size: _costs(bench, size) for size in sizes}
+    first = costs[sizes[0]]  # of the size that gamma is chosen for
     chosen, records = (
-        _tune(bench, bench.tuning_prompts, costs) if bench.tuning_prompts else ({}, [])
+        _tune(bench, bench.tuning_prompts, first) if bench.tuning_prompts else ({}, [])
     )
     settings = _settings(bench, chosen)
     measured, along = _decode(bench, settings)
-    sizes = bench.config.timed_batch_sizes if bench.config.timed_prompts else ()
-    clocks = {size: _race(bench, settings, size) for size in sizes}
+    timed = sizes if bench.config.timed_prompts else ()
+    clocks = {size: _race(bench, settings, size) for size in timed}
     drafts: list[Row] = []
     pooled: list[Row] = []
     for setting in settings:
@@ -82,7 +85,9 @@ def measure(bench: Bench) -> Results:
     gains = _gains_in_tau(bench, measured)
     if chosen and clocks:
         gains += _gains_in_speed(bench, chosen, clocks[sizes[0]])
-    records += _curves(bench, along, costs) + [{"kind": "draft", **row} for row in drafts]
+    if bench.config.has_whole_blocks:
+        records += _curves(bench, along, first)
+    records += [{"kind": "draft", **row} for row in drafts]
     return Results(drafts, pooled, gains, records)
 
 
@@ -104,10 +109,13 @@ def _settings(bench: Bench, chosen: Mapping[tuple[str, float], int]) -> list[Set
 # --- costs, and the gamma of highest predicted speed ---------------------------------------------
 
 
-def _costs(bench: Bench) -> dict[str, latency.StepCosts]:
-    """Step costs by name of draft, at the first timed batch size; the models' shape decides."""
+Costs = Mapping[str, latency.StepCosts]  # by name of draft
+
+
+def _costs(bench: Bench, batch_size: int) -> Costs:
+    """Step costs at a timed batch size; the models' shape decides."""
     config = bench.config
-    inputs = jnp.asarray(bench.prompts.inputs[: config.timed_batch_sizes[0]])
+    inputs = jnp.asarray(bench.prompts.inputs[:batch_size])
 
     @functools.cache
     def of_shape(shape: Any) -> latency.StepCosts:
@@ -123,7 +131,7 @@ def _shape(draft: Draft) -> Any:
 
 
 def _tune(
-    bench: Bench, prompts: Prompts, costs: Mapping[str, latency.StepCosts]
+    bench: Bench, prompts: Prompts, costs: Costs
 ) -> tuple[dict[tuple[str, float], int], list[Row]]:
     """The gamma of highest predicted speed by (name, temperature), on the tuning split."""
     config = bench.config
@@ -151,7 +159,7 @@ def _tune(
 def _curves(
     bench: Bench,
     along: Mapping[tuple[float, Draft], TeacherForced],
-    costs: Mapping[str, latency.StepCosts],
+    costs: Costs,
 ) -> list[Row]:
     """tau and predicted speed on the prompts of the claim for every gamma of the grid."""
     records = []
@@ -219,7 +227,7 @@ def _race(bench: Bench, settings: Sequence[Setting], batch_size: int) -> latency
     batches = _timed_batches(bench.prompts, config.timed_prompts, batch_size)
     clocks: list[latency.Clock] = []
     total = len(config.temperatures) * len(batches)
-    with Progress(f"time, batch {batch_size}", total, unit="prompt") as progress:
+    with Progress(f"time, batch {batch_size}", total, unit="batch") as progress:
         for temperature in config.temperatures:
             decoders = {_target(temperature): _decoder(bench.plain, temperature)}
             for setting in (each for each in settings if each.temperature == temperature):
@@ -230,6 +238,7 @@ def _race(bench: Bench, settings: Sequence[Setting], batch_size: int) -> latency
                 latency.race(
                     decoders,
                     batches,
+                    batch_size=batch_size,
                     repeats=config.timed_repeats,
                     on_prompt=functools.partial(_advance, progress, len(clocks) * len(batches)),
                 )
@@ -272,29 +281,26 @@ def _rows(
     bench: Bench,
     setting: Setting,
     cells: Mapping[int, Measured],
-    costs: Mapping[str, latency.StepCosts],
+    costs: Mapping[int, Costs],
     clocks: Mapping[int, latency.Clock],
 ) -> list[Row]:
     """The figures of some seeds of one setting: a row for each timed batch size, or one."""
-    gamma, is_lossless = setting.gamma, setting.lenience == 1
+    config, gamma, is_lossless = bench.config, setting.gamma, setting.lenience == 1
     counts = Counts.stack([cell.counts for cell in cells.values()])
+    tau = counts.block_efficiency.value
     figures = counts.keys(gamma)
-    if not is_lossless:
+    if not (is_lossless and config.has_whole_blocks):
         figures = {k: v for k, v in figures.items() if not k.startswith(OF_TARGET_TEXTS)}
-    if bench.config.has_whole_blocks:
-        tau = counts.block_efficiency.value
+    if config.drafts_whole_blocks:
         size_ratio = _size_ratio(bench, setting.name)
-        figures |= _speeds(tau, gamma, costs[setting.name])
         figures["memory_bound_speedup"] = latency.predicted_speedup(tau, gamma, size_ratio)
-    else:
-        figures = {k: v for k, v in figures.items() if not k.startswith(OF_WHOLE_BLOCKS)}
     row = {
         **dataclasses.asdict(setting),
         "seeds": list(cells),
         "lossless": is_lossless,
-        "verification": bench.config.verification,
-        "num_drafts": bench.config.num_drafts,
-        "block_length": dataclasses.asdict(bench.config.block_length),
+        "verification": config.verification,
+        "num_drafts": config.num_drafts,
+        "block_length": dataclasses.asdict(config.block_length),
         **figures,
         **_quality(bench, [cell.texts for cell in cells.values()]),
     }
@@ -302,11 +308,16 @@ def _rows(
     if mismatches[0] is not None:
         row["greedy_mismatches"] = sum(mismatches)
     names = [_entrant(setting, seed) for seed in cells]
-    timed = [
-        {"batch_size": size, **clock.keys(names, _target(setting.temperature))}
-        for size, clock in clocks.items()
-    ]
-    return [row | figures_of_size for figures_of_size in timed or [{}]]
+
+    def at_size(size: int) -> Row:
+        costs_here = costs[size][setting.name]
+        predicted = _speeds(tau, gamma, costs_here) if config.drafts_whole_blocks else {}
+        if size not in clocks:
+            return predicted
+        timed = clocks[size].keys(names, _target(setting.temperature))
+        return {"batch_size": size, **predicted, **timed}
+
+    return [row | at_size(size) for size in clocks or config.timed_batch_sizes[:1]]
 
 
 def _size_ratio(bench: Bench, name: str) -> float:
@@ -319,7 +330,7 @@ def _quality(bench: Bench, texts: Sequence[Sequence[str]]) -> Row:
 
 
 def _gains_in_tau(bench: Bench, measured: Mapping[tuple[Setting, Draft], Measured]) -> list[Row]:
-    """tau of the last name over that of each other one, at every gamma of the config."""
+    """tau of the last name over that of each other one, lossless, at each gamma of the config."""
 
     def counts_of(name: str, temperature: float, gamma: int) -> Counts:
         setting = Setting(name, temperature, gamma)
@@ -327,7 +338,7 @@ def _gains_in_tau(bench: Bench, measured: Mapping[tuple[Setting, Draft], Measure
 
     *others, best = bench.names
     gains = []
-    for temperature in bench.config.temperatures:
+    for temperature in bench.lossless_temperatures:
         for gamma in bench.config.gammas:
             mine = counts_of(best, temperature, gamma)
             for name in others:
@@ -341,10 +352,10 @@ def _gains_in_tau(bench: Bench, measured: Mapping[tuple[Setting, Draft], Measure
 def _gains_in_speed(
     bench: Bench, chosen: Mapping[tuple[str, float], int], clock: latency.Clock
 ) -> list[Row]:
-    """Tokens per second of the last name over each other one, each at the gamma chosen for it."""
+    """Tokens per second of the last name over each other one, lossless, each at its own gamma."""
     *others, best = bench.names
     gains = []
-    for temperature in bench.config.temperatures:
+    for temperature in bench.lossless_temperatures:
 
         def entrants(name: str, temperature: float = temperature) -> list[str]:
             setting = Setting(name, temperature, chosen[name, temperature])

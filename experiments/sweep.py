@@ -26,14 +26,15 @@ import numpy as np
 
 from distillspec_jax import zoo
 from distillspec_jax.data.tasks import Task, TaskConfig, load_task
+from distillspec_jax.distill.recipes import LIKELIHOOD
 from distillspec_jax.errors import UserError, unknown_name
 from distillspec_jax.models.fingerprint import fingerprint
 from distillspec_jax.models.transformer import Params
 from distillspec_jax.progress import Progress
 from distillspec_jax.training.optimizers import OptimizerConfig
-from experiments import cell_tables, door
+from experiments import cell_tables, door, planning_decoding
 from experiments.bench import Loaded, check_meeting, load
-from experiments.cells import SOURCES, Cell, Trainer, slug
+from experiments.cells import CONTROL, SOURCES, Cell, Trainer, slug
 from experiments.watching import DecoderConfig, make_counts
 from experiments.workdir import Workdir, environment, write_json, write_json_lines
 
@@ -85,11 +86,17 @@ class SweepConfig:
             raise UserError("config.steps must be at least 1, config.finetune.steps at least 0")
         for cell in self.cells:
             cell.recipe(self.beta)  # refuses unknown divergences and betas
+        if {cell.name for cell in self.cells} == {CONTROL}:
+            raise UserError(
+                "config.divergences and config.sources name nothing but the control, nll on fixed "
+                "data; name a divergence, or another source"
+            )
 
     @property
     def cells(self) -> list[Cell]:
         """The control and all pairs of loss and source, seed by seed."""
-        learnt = [("nll", "fixed"), *itertools.product(self.divergences, self.sources)]
+        pairs = itertools.product(self.divergences, self.sources)
+        learnt = dict.fromkeys([(LIKELIHOOD, "fixed"), *pairs])
         return [
             Cell(split, steps, loss, source, seed)
             for split, steps, seed in itertools.product(self.train_splits, self.steps, self.seeds)
@@ -223,12 +230,13 @@ class _Sweep:
         return self._path / "cells" / f"{cell.key}.json"
 
     def _kept(self, cell: Cell) -> dict[str, Any] | None:
-        """What the file of a cell holds, if it was made with these very models."""
+        """What the file of a cell holds, if it is this very cell, made with these very models."""
         try:
             kept = json.loads(self._file(cell).read_text("utf-8"))
         except FileNotFoundError:
             return None
-        return kept if kept["models"] == self._models else None
+        about = {**dataclasses.asdict(cell), "models": self._models}
+        return kept if about.items() <= kept.items() else None
 
 
 def _announce(
@@ -243,8 +251,9 @@ def _announce(
     print(f"  training data: {task.name}, {', '.join(sizes)}; batch {config.batch_size}")
     print(f"  steps: {_list(config.steps)}; seeds: {_list(config.seeds)}")
     decoder = config.decoder
+    prompts = min(decoder.num_prompts, len(task.examples(config.split)))
     print(
-        f"  decoding: {decoder.num_prompts} prompts of {config.split}, gamma {decoder.gamma}, "
+        f"  decoding: {prompts} prompts of {config.split}, gamma {decoder.gamma}, "
         f"T = {_list(decoder.temperatures)}"
     )
     devices = jax.devices()
@@ -256,4 +265,5 @@ def _list(values: Sequence[float]) -> str:
 
 
 if __name__ == "__main__":
-    door.run(main, SweepConfig)
+    plan = planning_decoding.planner(planning_decoding.of_sweep)
+    door.run(main, SweepConfig, plan=plan)

@@ -13,7 +13,6 @@ has written nothing there: the losses leave that position out.
 
 from __future__ import annotations
 
-import functools
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -91,7 +90,8 @@ def make_source(
                     tokens, hidden = writers[name](*params, batch.inputs, key, batch.example_ids)
                 if recipe.keeps_target_hidden and hidden is None:
                     hidden = hidden_states(target, target_params, batch.inputs, tokens)
-                return jax.tree.map(functools.partial(_widen, width=width), (tokens, hidden))
+                hidden = None if hidden is None else _widen(hidden, width, 0)
+                return _widen(tokens, width, draft.config.pad_id), hidden
 
             return text
 
@@ -210,6 +210,7 @@ def _next_logits(
     return logits[:, 0, : model.config.num_pieces], cache
 
 
-def _widen(text: jax.Array, width: int) -> jax.Array:
-    """[B, T, ...] -> [B, width, ...], padded with 0."""
-    return jnp.pad(text, [(0, 0), (0, width - text.shape[1])] + [(0, 0)] * (text.ndim - 2))
+def _widen(text: jax.Array, width: int, value: int) -> jax.Array:
+    """[B, T, ...] -> [B, width, ...], filled up with `value`."""
+    padding = [(0, 0), (0, width - text.shape[1])] + [(0, 0)] * (text.ndim - 2)
+    return jnp.pad(text, padding, constant_values=value)

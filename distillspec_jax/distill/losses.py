@@ -41,11 +41,6 @@ def token_weights(mask: jax.Array, reduction: str = "sequence") -> tuple[jax.Arr
     raise unknown_name("reduction", reduction, REDUCTIONS)
 
 
-def mean(total: jax.Array, count: jax.Array) -> jax.Array:
-    """total / count, and 0 if there is nothing to average."""
-    return total / jnp.maximum(count, 1.0)
-
-
 def negative_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """-log q(y) of each target token y: [..., V], [...] int32 -> [...] float32, in nats."""
     logits = logits.astype(jnp.float32)

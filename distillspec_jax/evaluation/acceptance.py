@@ -1,7 +1,8 @@
 """Acceptance rate (alpha) and block efficiency (tau): measured, and predicted from the text.
 
-alpha is measured in three ways that must agree: counted by the sampler (accepted / tested),
-summed from min(p, q) along texts of the target, and read off the lengths of the blocks.
+alpha is measured in three ways that must agree for token verification of whole blocks: counted by
+the sampler (accepted / tested), summed from min(p, q) along texts of the target, and read off the
+lengths of the blocks.
 Only the first and the third need speculative decoding; only the second knows every gamma.
 """
 
@@ -55,18 +56,22 @@ class TeacherForced:
 
 
 @functools.partial(jax.jit, static_argnames=("target", "draft", "sampling", "draft_sampling"))
-def _along_texts(
+def score_texts(
     target, target_params, draft, draft_params, inputs, texts, lengths, sampling, draft_sampling
 ):
+    """overlap and accept [B, T] of `TeacherForced`, compiled: what `along_texts` brings home."""
     hidden = (
         hidden_states(target, target_params, inputs, texts),
         hidden_states(draft, draft_params, inputs, texts),
     )
 
+    def probs(model, params, hidden, sampling):  # as the sampler: of pieces, not of padding rows
+        return process(unembed(model, params, hidden)[..., : model.config.num_pieces], sampling)
+
     def at_position(args):  # one position at a time: [B, V], never [B, T, V]
         target_hidden, draft_hidden, tokens = args
-        p = process(unembed(target, target_params, target_hidden), sampling)
-        q = process(unembed(draft, draft_params, draft_hidden), draft_sampling)
+        p = probs(target, target_params, target_hidden, sampling)
+        q = probs(draft, draft_params, draft_hidden, draft_sampling)
         p_token = jnp.take_along_axis(p, tokens[:, None], axis=-1)[:, 0]
         q_token = jnp.take_along_axis(q, tokens[:, None], axis=-1)[:, 0]
         accept = jnp.minimum(1.0, q_token / jnp.where(p_token > 0, p_token, jnp.inf))
@@ -103,7 +108,7 @@ def along_texts(
       `TeacherForced` on the host.
     """
     models = target, target_params, draft, draft_params
-    arrays = _along_texts(*models, inputs, texts, lengths, sampling, draft_sampling or sampling)
+    arrays = score_texts(*models, inputs, texts, lengths, sampling, draft_sampling or sampling)
     overlap, accept = (np.asarray(x, np.float64) for x in arrays)
     return TeacherForced(overlap, accept, np.asarray(lengths))
 

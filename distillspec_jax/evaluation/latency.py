@@ -176,24 +176,35 @@ def verify(gamma: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """Decoders timed on the same prompts; rows are prompts, in the order given.
+    """Decoders timed on the same prompts; rows are batches of them, in the order given.
 
-    seconds: by decoder, [P], median over the repeats of each prompt.
+    seconds: by decoder, [P], median over the repeats of each batch.
     tokens: by decoder, [P], tokens emitted for it.
-    spread: by decoder, (max - min) / median of the repeats, median over prompts.
+    spread: by decoder, (max - min) / median of the repeats, median over batches.
     compile_seconds: by decoder, its first call less the median of the calls after.
+    batch_size: prompts of a batch.
     """
 
     seconds: dict[str, np.ndarray]
     tokens: dict[str, np.ndarray]
     spread: dict[str, float]
     compile_seconds: dict[str, float]
+    batch_size: int = 1
 
     @classmethod
     def join(cls, clocks: Sequence[Clock]) -> Clock:
-        """One clock of several whose decoders have different names."""
-        fields = [field.name for field in dataclasses.fields(cls)]
-        return cls(*(dict(ChainMap(*(getattr(c, field) for c in clocks))) for field in fields))
+        """One clock of several whose decoders have different names, on batches of one size."""
+
+        def joined(column: str) -> dict[str, Any]:
+            return dict(ChainMap(*(getattr(clock, column) for clock in clocks)))
+
+        return cls(
+            seconds=joined("seconds"),
+            tokens=joined("tokens"),
+            spread=joined("spread"),
+            compile_seconds=joined("compile_seconds"),
+            batch_size=clocks[0].batch_size,
+        )
 
     def tokens_per_second(self, names: Sequence[str]) -> Estimate:
         """Tokens over seconds; several names are seeds of one decoder, resampled as such."""
@@ -214,7 +225,7 @@ class Clock:
             **self.tokens_per_second([target]).keys("tokens_per_second_target"),
             **self.tokens_per_second(names).keys("tokens_per_second_speculative"),
             **self.speedup(names, [target]).keys("speedup_wall_clock"),
-            "timed_prompts": len(self.seconds[target]),
+            "timed_prompts": len(self.seconds[target]) * self.batch_size,
             "timing_spread": max(self.spread[name] for name in [*names, target]),
             "compile_seconds": max(self.compile_seconds[name] for name in names),
         }
@@ -231,6 +242,7 @@ def race(
     decoders: Mapping[str, Decoder],
     prompts: Sequence[Any],
     *,
+    batch_size: int = 1,
     repeats: int = 3,
     on_prompt: Callable[[int], None] = lambda done: None,
 ) -> Clock:
@@ -239,9 +251,9 @@ def race(
     Args:
       decoders: by name, prompt -> (tokens [B, T], lengths [B]); equal shapes from prompt to
         prompt, or each new shape is compiled inside the clock.
-      prompts: what the decoders take, one at a time.
+      prompts: what the decoders take, one at a time: batches of `batch_size` prompts.
       repeats: timed rounds per prompt; their median counts.
-      on_prompt: told how many prompts are done.
+      on_prompt: told how many of them are done.
     """
     first = {name: _timed(functools.partial(f, prompts[0]))[0] for name, f in decoders.items()}
     seconds = {name: np.zeros((len(prompts), repeats)) for name in decoders}
@@ -260,4 +272,5 @@ def race(
         tokens=tokens,
         spread={n: float(np.median(np.ptp(seconds[n], axis=1) / middle[n])) for n in decoders},
         compile_seconds={n: max(first[n] - float(middle[n][0]), 0.0) for n in decoders},
+        batch_size=batch_size,
     )

@@ -1,5 +1,6 @@
 """Who writes: Algorithm 1's frequencies, each source's own tokens, and what keys them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from distillspec_jax.decoding.autoregressive import generate
 from distillspec_jax.decoding.sampling import Sampling
 from distillspec_jax.distill import data_sources, recipes
-from distillspec_jax.models.transformer import hidden_states, score
+from distillspec_jax.models.transformer import Transformer, hidden_states, score
 
 LENGTH = 5  # of rollouts; the references have 7 columns
 SEED = jnp.uint32(17)
@@ -72,6 +73,24 @@ def test_every_source_writes_its_own_tokens(pairs, batch):
         same = [key for key, text in texts.items() if np.array_equal(text, tokens)]
         assert same == [name]
     assert seen == set(data_sources.SOURCES)
+
+
+def test_shorter_texts_are_filled_up_with_the_padding_s_id(pairs, batch):
+    """Another id would be learnt as a token."""
+    pair, pad_id = pairs["encoder-decoder"], 5
+    padded = [
+        Transformer(dataclasses.replace(model.config, pad_id=pad_id))
+        for model in (pair.draft, pair.target)
+    ]
+    recipe = recipes.named("distillspec", lambda1=0.5)
+    write = jax.jit(data_sources.make_source(*padded, recipe, rollout_length=LENGTH))
+    written = {}
+    for step in range(9):
+        (tokens, _), source = write(pair.draft_params, pair.target_params, batch, SEED, step)
+        written[data_sources.SOURCES[int(source)]] = np.asarray(tokens)
+    assert {"fixed", "draft"} == set(written)
+    assert written["draft"].shape == batch.targets.shape
+    assert (written["draft"][:, LENGTH:] == pad_id).all()
 
 
 def test_what_cannot_come_is_not_even_traced(pair, batch):

@@ -1,5 +1,6 @@
 """Acceptance and block efficiency: closed forms, numpy beside it, and exact enumeration."""
 
+import dataclasses
 import functools
 import itertools
 from types import SimpleNamespace
@@ -75,6 +76,19 @@ def test_teacher_forced_acceptance_equals_numpy(encoder_layers, temperature):
             accept = min(1, q[row, t, v] / p[row, t, v]) if p[row, t, v] > 0 else 0
             assert measured.overlap[row, t] == pytest.approx(overlap, abs=1e-5)
             assert measured.accept[row, t] == pytest.approx(accept, abs=1e-4)
+
+
+def test_padding_rows_of_the_vocabulary_may_differ():
+    """Of two T5s one may have 32,128 rows and the other 32,100, with the same pieces."""
+    target = tiny("target", 0)
+    inputs, texts = jnp.array([[5, 9]]), jnp.array([[6, 3, 1]])
+    draft, params = tiny("draft", 1, tie_embeddings=True, vocab_size=16, num_pieces=13)
+    cut = Transformer(dataclasses.replace(draft.config, vocab_size=13))
+    cut_params = {**params, "embedding": params["embedding"][:13]}
+    wide = along_texts(*target, draft, params, inputs, texts, jnp.array([3]))
+    narrow = along_texts(*target, cut, cut_params, inputs, texts, jnp.array([3]))
+    np.testing.assert_allclose(wide.overlap, narrow.overlap, rtol=1e-5)
+    np.testing.assert_allclose(wide.accept, narrow.accept, rtol=1e-5)
 
 
 def test_a_draft_with_its_own_sampling():

@@ -158,6 +158,14 @@ def test_the_headline_is_the_last_name_s_first_row():
     assert (summary["name"], summary["gamma"]) == ("b", 7)
 
 
+def test_the_headline_s_gain_is_that_of_its_gamma():
+    rows = [{"name": name, "gamma": gamma} for gamma in (7, 3) for name in ("a", "b")]
+    about = {"figure": "block_efficiency", "over": "a", "temperature": 0.0, "gain_ci95": [1, 3]}
+    gains = [{**about, "gamma": gamma, "gain": gamma / 2} for gamma in (7, 3)]
+    summary = measuring.Results(drafts=[], pooled=rows, gains=gains, records=[]).summary()
+    assert (summary["gamma"], summary["block_efficiency_over_a_t0"]) == (7, 3.5)
+
+
 def test_gains_are_ratios_of_the_rows(summary):
     gains = [row for row in summary["gains"] if row["figure"] == "block_efficiency"]
     assert [(row["name"], row["over"], row["gamma"]) for row in gains] == [
@@ -197,9 +205,11 @@ def test_started_again_it_keeps_what_it_has(config, workdir, monkeypatch, capsys
     assert "distilled, T = 0, gamma 3: acceptance_rate" in out
 
 
-@pytest.mark.parametrize("changed", [{}, {"num_prompts": 3}, {"timed_prompts": 1}])
+@pytest.mark.parametrize("changed", [{}, {"num_prompts": 3}, {"timed_prompts": 1}, "order"])
 def test_other_weights_or_sizes_are_measured_again(config, workdir, monkeypatch, tmp_path, changed):
-    """The path of a draft may be the same while its run has gone on."""
+    """The path of a draft may be the same while its run went on; the last one is the headline."""
+    if changed == "order":
+        changed = {"drafts": config.drafts[::-1]}
     (tmp_path / "config.json").write_bytes((workdir / "config.json").read_bytes())
     summary = json.loads((workdir / "summary.json").read_text())
     if not changed:
@@ -240,6 +250,36 @@ def test_the_gamma_that_is_timed_is_the_tuner_s_choice(config, monkeypatch, tmp_
         assert tune(curve, draft_step, {1: 1.0, 5: 1.0}).gamma == expected
 
 
+def test_each_batch_size_has_the_costs_and_the_clock_of_its_own(config, monkeypatch, tmp_path):
+    changed = dataclasses.replace(
+        config, temperatures=(0.0,), drafts=config.drafts[:1], tune=False, timed_prompts=5
+    )
+    changed = dataclasses.replace(changed, timed_batch_sizes=(1, 2))
+
+    def step_costs(target, target_params, draft, draft_params, inputs, gammas):
+        return latency.StepCosts(0.1 * len(inputs), 1.0, dict.fromkeys(gammas, 1.0))
+
+    monkeypatch.setattr(latency, "step_costs", step_costs)
+    evaluate.main(changed, tmp_path / "run")
+    rows = json.loads((tmp_path / "run" / "summary.json").read_text())["drafts"]
+    assert [(row["batch_size"], row["timed_prompts"]) for row in rows] == [(1, 5), (2, 4)]
+    assert [row["cost_ratio"] for row in rows] == [0.1, 0.2]
+    tau = rows[1]["block_efficiency"]
+    assert rows[1]["speedup_predicted"] == pytest.approx(tau / (3 * 0.2 + 1))
+
+
+def test_gains_are_of_lossless_rows_alone(config, tmp_path):
+    changed = dataclasses.replace(config, lenience=(0.3,), timed_prompts=1)
+    evaluate.main(changed, tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert {row["lossless"] for row in summary["drafts"] if row["temperature"]} == {False}
+    assert {gain["figure"] for gain in summary["gains"]} == {
+        "block_efficiency",
+        "tokens_per_second",
+    }
+    assert {gain["temperature"] for gain in summary["gains"]} == {0}
+
+
 def test_lossy_rows_are_marked_and_none_is_greedy(config, tmp_path):
     changed = dataclasses.replace(
         config, lenience=(1.0, 0.3), drafts=config.drafts[:1], timed_prompts=0, tune=False
@@ -253,15 +293,27 @@ def test_lossy_rows_are_marked_and_none_is_greedy(config, tmp_path):
     assert "block_efficiency_path_ci95" not in rows[2]
 
 
+def test_block_verification_is_given_no_figure_of_the_token_rule(config, tmp_path, capsys):
+    changed = dataclasses.replace(
+        config, drafts=config.drafts[:1], timed_prompts=0, verification="block"
+    )
+    evaluate.main(changed, tmp_path / "run")
+    assert "no gamma is tuned" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "run" / "summary.json").read_text())["drafts"]
+    assert [row["gamma"] for row in rows] == [3, 3]
+    for row in rows:
+        assert {"acceptance_rate", "speedup_predicted", "memory_bound_speedup"} <= row.keys()
+        assert not row.keys() & {*measuring.OF_TARGET_TEXTS}
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count('"kind": "draft"') == 2
+
+
 @pytest.mark.parametrize(
     "blocks", [{"block_length": BlockLength(max_entropy=0.5)}, {"num_drafts": 2}]
 )
 def test_other_blocks_are_measured_and_no_formula_is_given_for_them(
     config, workdir, tmp_path, blocks
 ):
-    changed = dataclasses.replace(
-        config, drafts=config.drafts[:1], timed_prompts=0, tune=False, **blocks
-    )
+    changed = dataclasses.replace(config, drafts=config.drafts[:1], timed_prompts=0, **blocks)
     evaluate.main(changed, tmp_path / "run")
     rows = json.loads((tmp_path / "run" / "summary.json").read_text())["drafts"]
     summary = json.loads((workdir / "summary.json").read_text())

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -128,8 +129,8 @@ def test_what_is_done_is_kept_and_what_is_new_is_added(run, tmp_path, monkeypatc
     code, out, err = run()
     assert code is None, err
     first = ["control-0", "tvd-fixed-0"]
-    expected = [f"{split}-2-{name}" for split in ("train", "train_6") for name in first]
-    fine_tuned = ["train-2-control-0", "train_6-2-control-0"]  # the same recipe, before any cell
+    expected = [f"{split}-2-{name}" for split in ("train", "train_to_6") for name in first]
+    fine_tuned = ["train-2-control-0", "train_to_6-2-control-0"]  # the same recipe, before any cell
     assert sorted(trained) == sorted(expected + fine_tuned)
     files = {file: file.read_bytes() for file in (tmp_path / "run" / "cells").iterdir()}
     found = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -194,6 +195,7 @@ def test_rows_pool_seeds_and_gains_are_paired(task):
         ({"seeds": (1, 1)}, "config.seeds must name at least one, and none twice"),
         ({"steps": (0,)}, "config.steps must be at least 1"),
         ({"batch_size": 0}, "config.batch_size is 0, must be >= 1"),
+        ({"divergences": ("nll",), "sources": ("fixed",)}, "name nothing but the control"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_read(changes, message):
@@ -216,5 +218,58 @@ def test_what_the_sources_are():
 
 def test_names_of_files():
     cell = Cell("pretrain[:30000]", 500, "jsd", "draft", 2)
-    assert cell.key == "pretrain_30000-500-jsd-draft-2"
+    assert cell.key == "pretrain_to_30000-500-jsd-draft-2"
     assert cells.slug("train") == "train"
+    parts = ["train", "train[:3]", "train[3:]", "train[-3:]", "train[:-3]", "train[1:3]"]
+    assert len({cells.slug(part) for part in parts}) == len(parts)
+
+
+def test_likelihood_is_the_control_on_references_alone():
+    config = SweepConfig(target="t", draft="d", divergences=("tvd", "nll"), seeds=(0,))
+    names = [cell.name for cell in config.cells]
+    assert names[0] == "control"
+    assert {"nll-teacher", "nll-draft", "nll-mixed", "tvd-fixed"} < set(names)
+    assert len(set(names)) == len(names) == 2 * 4
+
+
+def test_a_grid_shows_the_control_as_likelihood_on_references(task):
+    def counts(emitted):
+        return {"counts": {"0": [[emitted], [2], [1], [2]]}, "train_seconds": 1.0}
+
+    by = {"teacher": 8, "fixed": 6}
+    measured = {
+        Cell("train", 7, loss, source): counts(n)
+        for loss in ("nll", "tvd")
+        for source, n in by.items()
+    }
+    measured |= {Cell("train", 0): counts(4)}
+    rows = Results(DecoderConfig(gamma=7, temperatures=(0.0,)), task, measured).rows()
+    assert "| nll | 3.00 [3.00, 3.00] | 4.00 [4.00, 4.00] |" in markdown(rows)
+    found = summary(rows, DecoderConfig(gamma=7, temperatures=(0.0,), num_prompts=500))
+    assert found["best_cell_t0"]["name"] == "nll-teacher"
+    assert found["num_prompts"] == 1
+
+
+def test_steps_that_were_skipped_are_in_no_mean(trainer, pair, monkeypatch, tmp_path):
+    """One gradient of three is not finite; the cell can be written down."""
+    real, steps = trainer._update, []
+
+    def broken(*settings):
+        update = real(*settings)
+
+        def call(state, target_params, batch):
+            state, metrics = update(state, target_params, batch)
+            steps.append(metrics["loss"])
+            if len(steps) == 2:
+                metrics = {**metrics, "loss": (jnp.float32(jnp.nan), jnp.float32(1))}
+            return state, metrics
+
+        return call
+
+    monkeypatch.setattr(trainer, "_update", broken)
+    trained = trainer.train(
+        Cell("train", 3, "tvd", "fixed"), pair[1].params, OPTIMIZER, lambda step: None
+    )
+    kept = [steps[0], steps[2]]
+    expected = sum(float(total) for total, _ in kept) / sum(float(count) for _, count in kept)
+    assert trained.means["loss"] == pytest.approx(expected)
