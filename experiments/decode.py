@@ -28,7 +28,7 @@ from distillspec_jax.data.examples import Examples
 from distillspec_jax.errors import UserError
 from distillspec_jax.evaluation.intervals import ratio
 from distillspec_jax.progress import Progress
-from experiments import door
+from experiments import door, planning_decoding
 from experiments.decoder import (
     ORIGINS,
     STYLES,
@@ -50,13 +50,14 @@ _PROMPT = flags.DEFINE_multi_string("prompt", None, "a prompt; short for config.
 def main(config: DecodeConfig, workdir: Path) -> None:
     examples = read_prompts(config)
     decoder = Decoder(config)
-    if examples is not None:
-        decoder.encode(examples)  # a prompt that is too long is refused before anything is written
+    # a prompt that is too long is refused before anything is written
+    inputs = None if examples is None else decoder.encode(examples)
     run = Workdir(workdir, "decode", config)
     _announce(decoder)
-    answers, batches = (
-        _from_terminal(decoder) if examples is None else _from_examples(decoder, examples)
-    )
+    if examples is None or inputs is None:
+        answers, batches = _from_terminal(decoder)
+    else:
+        answers, batches = _from_examples(decoder, examples, inputs)
     write_json_lines(run.path / OUTPUTS, [answer.record() for answer in answers])
     write_json_lines(run.path / METRICS, batches)
     summary = _summary(config, answers, batches)
@@ -65,12 +66,13 @@ def main(config: DecodeConfig, workdir: Path) -> None:
 
 
 def _from_examples(
-    decoder: Decoder, examples: Examples
+    decoder: Decoder, examples: Examples, inputs: np.ndarray
 ) -> tuple[list[Answer], list[dict[str, Any]]]:
     """All prompts at once, after a few of them to compile."""
     began = time.perf_counter()
     one_more = decoder.draft is not None  # for which a slot is refilled
-    decoder(examples[: decoder.config.batch_size + one_more])
+    few = slice(decoder.config.batch_size + one_more)
+    decoder(examples[few], inputs[few])
     warm_up_seconds = time.perf_counter() - began
     batches: list[dict[str, Any]] = []
     with Progress("decode", len(examples), unit="prompt") as progress:
@@ -79,7 +81,7 @@ def _from_examples(
             batches.append({"kind": "batch", "done": done, "seconds": seconds})
             progress.update(done)
 
-        answers = decoder(examples, on_done=on_done)
+        answers = decoder(examples, inputs, on_done=on_done)
     batches[0]["warm_up_seconds"] = warm_up_seconds
     _show(decoder, answers)
     return answers, batches
@@ -89,6 +91,7 @@ def _from_terminal(decoder: Decoder) -> tuple[list[Answer], list[dict[str, Any]]
     """One prompt a line until the input ends; a prompt that is too long is told and left out."""
     answers: list[Answer] = []
     batches: list[dict[str, Any]] = []
+    compiled: set[tuple[int, ...]] = set()  # shapes
 
     def on_done(done: int, seconds: float) -> None:
         batches.append({"kind": "batch", "done": len(answers) + done, "seconds": seconds})
@@ -96,9 +99,11 @@ def _from_terminal(decoder: Decoder) -> tuple[list[Answer], list[dict[str, Any]]
     for line in _lines_of_terminal():
         try:
             prompt = Lines([line], "the prompt", decoder.config.prefix)
-            if not answers:
-                decoder(prompt)  # to compile, outside the clock
-            answers += decoder(prompt, first_id=len(answers), on_done=on_done)
+            inputs = decoder.encode(prompt)
+            if inputs.shape not in compiled:
+                decoder(prompt, inputs)  # outside the clock
+                compiled.add(inputs.shape)
+            answers += decoder(prompt, inputs, first_id=len(answers), on_done=on_done)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             continue
@@ -109,10 +114,15 @@ def _from_terminal(decoder: Decoder) -> tuple[list[Answer], list[dict[str, Any]]
 
 
 def _lines_of_terminal() -> Iterator[str]:
+    """Lines until the input ends; Ctrl-C where one is awaited ends it as well."""
     while True:
         if sys.stdin.isatty():
             print("prompt> ", end="", flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            print()
+            return
         if not line:
             return
         if line.strip():
@@ -170,11 +180,22 @@ def _say(summary: dict[str, Any], path: Path) -> None:
     print(f"files: {path} ({OUTPUTS}, {METRICS}, summary.json)")
 
 
-def main_with_flags(config: DecodeConfig, workdir: Path) -> None:
-    """`main` with the two short flags put into the config."""
+def _with_flags(config: DecodeConfig) -> DecodeConfig:
+    """The config with the two short flags put into it."""
     prompts, prompt = _PROMPTS.value or config.prompts, tuple(_PROMPT.value or config.prompt)
-    main(dataclasses.replace(config, prompts=prompts, prompt=prompt), workdir)
+    return dataclasses.replace(config, prompts=prompts, prompt=prompt)
+
+
+def main_with_flags(config: DecodeConfig, workdir: Path) -> None:
+    """`main` with the flags of prompts."""
+    main(_with_flags(config), workdir)
+
+
+def outline_with_flags(config: DecodeConfig) -> planning_decoding.Outline:
+    """What is planned, with the flags of prompts."""
+    return planning_decoding.of_decode(_with_flags(config))
 
 
 if __name__ == "__main__":
-    door.run(main_with_flags, DecodeConfig)
+    plan = planning_decoding.planner(outline_with_flags)
+    door.run(main_with_flags, DecodeConfig, plan=plan)

@@ -28,9 +28,10 @@ from distillspec_jax.decoding.state import (
     Speculation,
     SpeculativeOutput,
 )
-from distillspec_jax.errors import UserError
+from distillspec_jax.decoding.verification import RULES
+from distillspec_jax.errors import UserError, unknown_name
 from distillspec_jax.evaluation.corpus import OnRows, over_batches
-from experiments.bench import check_meeting, load
+from experiments.bench import Loaded, check_meeting, load
 
 ORIGINS = {ACCEPTED: "accepted", CORRECTED: "corrected", BONUS: "bonus"}
 STYLES = {ACCEPTED: "green", CORRECTED: "bold red", BONUS: "bold blue"}
@@ -66,6 +67,8 @@ class DecodeConfig:
         for field in ("input_length", "max_new_tokens", "gamma", "batch_size"):
             if getattr(self, field) < 1:
                 raise UserError(f"config.{field} is {getattr(self, field)}, must be at least 1")
+        if self.verification not in RULES:
+            raise unknown_name("verification rule", self.verification, RULES, "config.verification")
         if self.prompts and self.prompt:
             raise UserError("prompts come from a file or from flags: give --prompts or --prompt")
 
@@ -110,10 +113,10 @@ def read_prompts(config: DecodeConfig) -> Examples | None:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One decoded prompt; the last three are None without a draft.
+    """One decoded prompt; all but the first three are None without a draft.
 
     tokens: its ids up to the end. origins: how each came to be. calls, tested: target calls and
-    tested tokens.
+    tested tokens. lossless: whether the text has the target's law.
     """
 
     prompt: str
@@ -124,6 +127,7 @@ class Answer:
     calls: int | None = None
     accepted: int | None = None
     tested: int | None = None
+    lossless: bool | None = None
 
     def record(self) -> dict[str, Any]:
         """The line of `outputs.jsonl`, with origins in words."""
@@ -134,9 +138,9 @@ class Answer:
 
 
 class Decoder:
-    """Models and settings: prompts in, answers out."""
+    """Models and settings: prompts in, answers out; `load` may be `bench.outline`, for a plan."""
 
-    def __init__(self, config: DecodeConfig) -> None:
+    def __init__(self, config: DecodeConfig, load: Callable[..., Loaded] = load) -> None:
         self.config = config
         self.vocabulary: Vocabulary = load_vocabulary(config.vocabulary)
         if config.draft:
@@ -144,9 +148,10 @@ class Decoder:
         self.target = load(config.target, self)
         self.draft = load(config.draft, self) if config.draft else None
         self.sampling = Sampling(config.temperature, config.top_k, config.top_p)
+        self.speculation = None if self.draft is None else self._speculation(self.draft)
 
     def encode(self, examples: Examples) -> np.ndarray:
-        """[P, S] int32; raises UserError for a prompt that is too long."""
+        """[P, S] int32, S as the longest needs; raises UserError for a prompt that is too long."""
         config = self.config
         of_stories = config.vocabulary == "arithmetic_stories"
         [batch] = pipeline.eval_batches(
@@ -158,16 +163,19 @@ class Decoder:
             truncate=config.truncate,
             input_eos=not of_stories if config.input_eos is None else config.input_eos,
         )
-        return np.asarray(batch.inputs)
+        return pipeline.trimmed(np.asarray(batch.inputs))
 
     def __call__(
         self,
         examples: Examples,
+        inputs: np.ndarray,
         *,
         first_id: int = 0,
         on_done: Callable[[int, float], None] = lambda done, seconds: None,
     ) -> list[Answer]:
-        """Decodes prompts; `on_done` is told how many are done, and the time since it was told.
+        """Decodes prompts, `inputs` as `encode` gives them.
+
+        `on_done` is told how many are done, and the time since it was told.
 
         With a draft a row that ends makes room for the next prompt, without it batches end whole.
         """
@@ -180,7 +188,7 @@ class Decoder:
             began = now
 
         decode = self._alone if self.draft is None else self._with_draft
-        output = decode(first_id + np.arange(len(examples)), self.encode(examples), on_rows)
+        output = decode(first_id + np.arange(len(examples)), inputs, on_rows)
         prompts = [example.input for example in examples]
         return [self._answer(prompt, output, row) for row, prompt in enumerate(prompts)]
 
@@ -203,27 +211,31 @@ class Decoder:
     def _with_draft(
         self, row_ids: np.ndarray, inputs: np.ndarray, on_rows: OnRows
     ) -> SpeculativeOutput:
-        config = self.config
         assert self.draft is not None
+        assert self.speculation is not None
         return slot_sample(
-            Speculation(
-                target=self.target.model,
-                draft=self.draft.model,
-                gamma=config.gamma,
-                max_new_tokens=config.max_new_tokens,
-                sampling=self.sampling,
-                verification=config.verification,
-                lenience=None if config.lenience.is_exact else config.lenience,
-                block_length=config.block_length,
-                num_drafts=config.num_drafts,
-            ),
+            self.speculation,
             self.target.params,
             self.draft.params,
             inputs,
-            jax.random.key(config.seed),
-            slots=config.batch_size,
+            jax.random.key(self.config.seed),
+            slots=self.config.batch_size,
             row_ids=row_ids,
             report=on_rows,
+        )
+
+    def _speculation(self, draft: Loaded) -> Speculation:
+        config = self.config
+        return Speculation(
+            target=self.target.model,
+            draft=draft.model,
+            gamma=config.gamma,
+            max_new_tokens=config.max_new_tokens,
+            sampling=self.sampling,
+            verification=config.verification,
+            lenience=None if config.lenience.is_exact else config.lenience,
+            block_length=config.block_length,
+            num_drafts=config.num_drafts,
         )
 
     def _answer(self, prompt: str, output: Any, row: int) -> Answer:
@@ -242,6 +254,7 @@ class Decoder:
             calls=int(statistics.target_calls[row]),
             accepted=int(statistics.accepted[row]),
             tested=int(statistics.tested[row]),
+            lossless=output.lossless,
         )
 
 

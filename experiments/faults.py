@@ -186,4 +186,4 @@ def _records(run: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    door.run_flags(main)
+    door.run_flags(main, has_workdir=True)

@@ -13,7 +13,7 @@ stopped and started again, it goes on with the next file.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,11 @@ from distillspec_jax.errors import UserError
 from distillspec_jax.evaluation.corpus import over_batches
 from distillspec_jax.models.fingerprint import fingerprint
 from distillspec_jax.progress import Progress
-from experiments import door
+from experiments import door, planning_decoding
 from experiments.bench import Loaded, load, read_prompts
-from experiments.workdir import Workdir
+from experiments.workdir import Workdir, write_json_lines
 
+METRICS = "metrics.jsonl"
 LOW_EOS_RATE = 0.5  # below it most texts are cut by the limit, and little is learnt of the end
 
 
@@ -84,7 +85,9 @@ def main(config: GenerateConfig, workdir: Path) -> None:
                 texts = _write(config, settings, target, inputs, rows, on_rows)
                 write_shard(run.path, settings, shard, texts)
                 done += len(rows)
-        summary = _summary(WrittenTexts(run.path), task.vocabulary.eos_id)
+        written, eos_id = WrittenTexts(run.path), task.vocabulary.eos_id
+        write_json_lines(run.path / METRICS, _records(written, eos_id))
+        summary = _summary(written, eos_id)
         run.write_summary(summary, seed=config.seed)
     _say(summary, workdir)
 
@@ -153,16 +156,27 @@ def _announce(target: Loaded, settings: Settings, waiting: Sequence[int]) -> Non
     print(f"  devices: {len(devices)} x {devices[0].device_kind}", flush=True)
 
 
+def _records(texts: WrittenTexts, eos_id: int) -> Iterator[dict[str, Any]]:
+    """One for each file, read off the texts: those of an earlier start count, too."""
+    for shard in range(texts.settings.shards):
+        rows = texts.take(texts.settings.rows(shard))
+        yield {"kind": "file", "file": shard, "num_texts": len(rows), **_ends(rows, eos_id)}
+
+
+def _ends(texts: Iterable[Text], eos_id: int) -> dict[str, float]:
+    lengths, ended = zip(
+        *((len(text.target), text.target[-1:] == [eos_id]) for text in texts), strict=True
+    )
+    return {"target_length": float(np.mean(lengths)), "eos_rate": float(np.mean(ended))}
+
+
 def _summary(texts: WrittenTexts, eos_id: int) -> dict[str, Any]:
-    lengths = np.array([len(text.target) for text in texts])
-    ended = np.array([text.target[-1:] == [eos_id] for text in texts])
     settings = texts.settings
     return {
         "num_texts": len(texts),
         "num_prompts": settings.prompts,
         "num_files": settings.shards,
-        "target_length": float(lengths.mean()),
-        "eos_rate": float(ended.mean()),
+        **_ends(texts.take(range(len(texts))), eos_id),
         "target_fingerprint": settings.target,
         "vocabulary_fingerprint": settings.vocabulary,
         **settings.sampling,
@@ -177,8 +191,9 @@ def _say(summary: dict[str, Any], path: Path) -> None:
             f"warning: only {summary['eos_rate']:.0%} of the texts ended by themselves; raise "
             "config.max_new_tokens or fine-tune the target"
         )
-    print(f"files: {path} (texts-*.array_record, summary.json, config.json)")
+    print(f"files: {path} (texts-*.array_record, summary.json, {METRICS}, config.json)")
 
 
 if __name__ == "__main__":
-    door.run(main, GenerateConfig)
+    plan = planning_decoding.planner(planning_decoding.of_generate)
+    door.run(main, GenerateConfig, plan=plan)

@@ -8,6 +8,7 @@ fuses more and holds bfloat16 as it is, so its temporaries are as a rule smaller
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -19,14 +20,13 @@ import jax.numpy as jnp
 from distillspec_jax.data.batch import Batch
 from distillspec_jax.data.tasks import Task, load_task
 from distillspec_jax.models import transformer
-from distillspec_jax.models.cache import Cache
 from distillspec_jax.sharding.layout import Layout, device_bytes, placed
 from distillspec_jax.sharding.mesh import MeshConfig
 from distillspec_jax.sharding.rules import batch_sharding
 from experiments import bench, parts
 
 TOO_LARGE = 1  # exit code of a plan that does not fit
-_GIB = 2**30
+GIB = 2**30
 
 # Only time is saved by these: neither changes what is allocated.
 _QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -68,7 +68,7 @@ def planner(prepare: Callable[..., parts.Prepared]) -> Callable[[Any, float | No
             compiled = compile_step(prepared, config, task, layout)
             found = make_plan(prepared, config, task, layout, compiled)
         _say(found, time.perf_counter() - start)
-        return _judge(found, config, memory_gib)
+        return judge(found.total, memory_gib, lambda: advice(found, config))
 
     return plan
 
@@ -97,7 +97,30 @@ def compile_step(
     )
     batch = placed(shapes, jax.tree.map(lambda _: batch_sharding(layout.mesh), shapes))
     arguments = prepared.arguments(prepared.state, batch)
-    return prepared.step.lower(*arguments).compile(compiler_options=_QUICK)
+    return compile_quickly(prepared.step.lower(*arguments))
+
+
+def compile_quickly(lowered: Any) -> jax.stages.Compiled:
+    """What is to be looked at, not to be run."""
+    return lowered.compile(compiler_options=_QUICK)
+
+
+def memory_of(compiled: jax.stages.Compiled) -> tuple[int, int]:
+    """Bytes added while a compiled function runs, and of results in buffers of their own."""
+    memory: Any = compiled.memory_analysis()
+    return memory.temp_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+
+def bytes_of(shapes: Any) -> int:
+    """Bytes of all arrays, or shapes, of a tree."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
+
+def cache_bytes(loaded: bench.Loaded, rows: int, input_length: int, limit: int) -> int:
+    """Bytes of the keys and values of a model that writes up to `limit` tokens in every row."""
+    inputs = jax.ShapeDtypeStruct((rows, input_length), jnp.int32)
+    start = functools.partial(transformer.start, loaded.model, limit=limit)
+    return bytes_of(jax.eval_shape(start, loaded.params, inputs)[0])
 
 
 def make_plan(
@@ -108,7 +131,7 @@ def make_plan(
     compiled: jax.stages.Compiled,
 ) -> Plan:
     """The bytes of a compiled step."""
-    memory: Any = compiled.memory_analysis()
+    temporary, output = memory_of(compiled)
     state = prepared.state
     parameters = device_bytes(state.params)
     rows = sum(_lengths(task)) + 1
@@ -118,8 +141,8 @@ def make_plan(
         frozen=device_bytes(prepared.frozen),
         batch=config.batch_size * rows * 4 // layout.row_parts,
         caches=_caches(prepared, config, task, layout),
-        temporary=memory.temp_size_in_bytes,
-        output=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temporary=temporary,
+        output=output,
     )
 
 
@@ -135,14 +158,10 @@ def _caches(
     if recipe is None or recipe.resolve().lambda1 == 1:
         return 0
     length = getattr(config, "rollout_length", 0) or task.target_length
-    inputs = jnp.zeros((config.batch_size // layout.row_parts, task.input_length), jnp.int32)
+    rows = config.batch_size // layout.row_parts
 
     def held(loaded: bench.Loaded) -> int:
-        def start(params: Any) -> Cache:
-            return transformer.start(loaded.model, params, inputs, length)[0]
-
-        cache = jax.eval_shape(start, loaded.params)
-        whole = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+        whole = cache_bytes(loaded, rows, task.input_length, length)
         return whole // _head_parts(loaded, layout.mesh.shape)
 
     return max(held(loaded) for loaded in prepared.models.values())
@@ -157,9 +176,7 @@ def _head_parts(loaded: bench.Loaded, sizes: Mapping[str, int]) -> int:
 def _introduce(
     prepared: parts.Prepared, config: parts.TrainingConfig, task: Task, layout: Layout
 ) -> None:
-    print(f"plan of {prepared.name}, nothing is allocated")
-    for role, loaded in prepared.models.items():
-        print(f"  {role}: {loaded.path}, {loaded.num_parameters:,} parameters")
+    introduce(prepared.name, prepared.models)
     axes = " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
     print(f"  mesh: {layout.mesh.size} devices, {axes}")
     inputs, targets = _lengths(task)
@@ -168,6 +185,13 @@ def _introduce(
         f"{config.batch_size * (inputs + targets):,} in all, in {config.micro_batches} parts",
         flush=True,
     )
+
+
+def introduce(name: str, models: Mapping[str, bench.Loaded]) -> None:
+    """Says what is planned, and how large its models are."""
+    print(f"plan of {name}, nothing is allocated")
+    for role, loaded in models.items():
+        print(f"  {role}: {loaded.path}, {loaded.num_parameters:,} parameters")
 
 
 def _say(plan: Plan, seconds: float) -> None:
@@ -180,19 +204,20 @@ def _say(plan: Plan, seconds: float) -> None:
     }
     print(f"a device holds (compiled in {seconds:.0f} s):")
     for name, size in lines.items():
-        print(f"  {name:<24}{size / _GIB:10.3f} GiB")
-    print(f"  {'all':<24}{plan.total / _GIB:10.3f} GiB")
+        print(f"  {name:<24}{size / GIB:10.3f} GiB")
+    print(f"  {'all':<24}{plan.total / GIB:10.3f} GiB")
     if plan.caches:
-        print(f"  in the step: caches of a rollout {plan.caches / _GIB:.3f} GiB")
+        print(f"  in the step: caches of a rollout {plan.caches / GIB:.3f} GiB")
 
 
-def _judge(plan: Plan, config: parts.TrainingConfig, memory_gib: float | None) -> int | None:
+def judge(total: int, memory_gib: float | None, advice: Callable[[], str]) -> int | None:
+    """Says whether `total` bytes fit, and what would help if not; the exit code."""
     if memory_gib is None:
         return None
-    if plan.total <= memory_gib * _GIB:
-        print(f"fits: {plan.total / _GIB:.2f} of {memory_gib:g} GiB")
+    if total <= memory_gib * GIB:
+        print(f"fits: {total / GIB:.2f} of {memory_gib:g} GiB")
         return None
-    print(f"does not fit: {plan.total / _GIB:.2f} of {memory_gib:g} GiB; {advice(plan, config)}")
+    print(f"does not fit: {total / GIB:.2f} of {memory_gib:g} GiB; {advice()}")
     return TOO_LARGE
 
 

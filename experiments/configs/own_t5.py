@@ -70,8 +70,11 @@ def _evaluate(config: ConfigDict, tiny: bool) -> ConfigDict:
         ConfigDict({"name": name, "path": f"{RUNS}/{folder}"})
         for name, folder in (("finetuned", "draft"), ("distilled", "distilled"))
     )
-    config.split = config.tuning_split = "validation"  # all that there is; a test_file is better
+    # gamma is chosen on prompts apart from those that are measured; a test_file is better still
     config.num_prompts, config.num_tuning_prompts = (32, 16) if tiny else (500, 100)
+    held_out = config.num_tuning_prompts
+    config.tuning_split = f"validation[:{held_out}]"
+    config.split = f"validation[{held_out}:]"
     config.batch_size = 16 if tiny else 64
     config.gammas, config.gamma_grid = (5,), (2, 3, 5, 7)
     config.timed_prompts = 4 if tiny else 50

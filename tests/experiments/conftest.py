@@ -19,18 +19,28 @@ VOCABULARY = "arithmetic_stories"
 
 
 @pytest.fixture
-def enter(monkeypatch, capsys):
-    """Runs an entrypoint on some arguments: (exit code, stdout, stderr)."""
+def leave(monkeypatch, capsys):
+    """Calls what reads flags and then leaves, on some arguments: (exit code, stdout, stderr)."""
     monkeypatch.setattr(door, "_enable_compilation_cache", lambda: None)
 
-    def enter(main, config_class, *arguments):
+    def leave(start, *arguments):
         monkeypatch.setattr(sys, "argv", ["prog", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as left:
-            door.run(main, config_class)
+            start()
         forget_flags()
         out, err = capsys.readouterr()
         return left.value.code, out, err
+
+    return leave
+
+
+@pytest.fixture
+def enter(leave):
+    """Runs an entrypoint on some arguments: (exit code, stdout, stderr)."""
+
+    def enter(main, config_class, *arguments):
+        return leave(lambda: door.run(main, config_class), *arguments)
 
     return enter
 

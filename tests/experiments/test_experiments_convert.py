@@ -133,6 +133,13 @@ def test_t5_gets_its_hundred_sentinels(shared_data):
     assert json.loads(files["tokenizer_config.json"])["extra_ids"] == 100
 
 
+def test_the_folder_of_a_byt5_is_a_tokenizer(tmp_path):
+    settings = b'{"tokenizer_class": "ByT5Tokenizer"}'
+    (tmp_path / "tokenizer_config.json").write_bytes(settings)
+    found = {"kind": "run", "model": {"vocab_size": 384}}
+    assert tokenizers.files_for(str(tmp_path), found) == {"tokenizer_config.json": settings}
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

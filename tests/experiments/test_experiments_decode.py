@@ -66,6 +66,7 @@ def test_prompts_of_a_file(run, tmp_path, vocabulary):
         assert len(row["origins"]) == len(row["tokens"]) <= 5
         assert set(row["origins"]) <= {"accepted", "corrected", "bonus"}
         assert row["output"] in out
+        assert row["lossless"] is True
     figures = summary(folder)
     assert figures["block_efficiency"] == pytest.approx(
         sum(row["emitted"] for row in rows) / sum(row["calls"] for row in rows)
@@ -110,6 +111,45 @@ def test_lines_flags_and_terminal_give_the_same_texts(run, tmp_path, monkeypatch
     assert outputs(run(*flags, workdir="flags")[3]) == expected
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(PROMPTS) + "\n\n"))
     assert outputs(run(workdir="terminal")[3]) == expected
+
+
+def test_every_lossy_text_says_so(run):
+    _, _, _, folder = run(f"--prompt={PROMPTS[0]}", lenience={"epsilon": 0.3})
+    assert [row["lossless"] for row in outputs(folder)] == [False]
+    assert summary(folder)["lossless"] is False
+
+
+def test_no_more_of_the_prompts_is_read_than_the_longest_needs(run, monkeypatch):
+    """Each shape is compiled outside the clock, on a terminal as well."""
+    shapes = []
+    real = decode.Decoder.__call__
+
+    def call(self, examples, inputs, *rest, **named):
+        shapes.append((inputs.shape[1], "on_done" in named))
+        return real(self, examples, inputs, *rest, **named)
+
+    monkeypatch.setattr(decode.Decoder, "__call__", call)
+    lines = [PROMPTS[0], PROMPTS[2], "and " * 40, PROMPTS[0]]
+    run(*(f"--prompt={line}" for line in lines), workdir="flags", input_length=512)
+    assert shapes == [(64, False), (64, True)]
+    shapes.clear()
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    run(workdir="terminal", input_length=512)
+    assert shapes == [*([(32, False)] + [(32, True)] * 2), (64, False), (64, True), (32, True)]
+
+
+def test_ctrl_c_at_the_terminal_keeps_the_answers(run, monkeypatch):
+    class Terminal(io.StringIO):
+        def readline(self):
+            line = super().readline()
+            if not line:
+                raise KeyboardInterrupt
+            return line
+
+    monkeypatch.setattr("sys.stdin", Terminal(f"{PROMPTS[0]}\n"))
+    code, _, _, folder = run()
+    assert code is None
+    assert [row["prompt"] for row in outputs(folder)] == [PROMPTS[0]]
 
 
 def test_without_a_draft(run):
@@ -165,6 +205,10 @@ def test_colours_are_those_of_the_origins(vocabulary):
         (["--prompt=   "], {}, "--prompt holds no prompt"),
         (["--prompt=" + "and " * 60], {}, "--prompt:1 is too long: 60 input"),
         ([], {"gamma": 0}, "config.gamma is 0, must be at least 1"),
+        ([], {"verification": "blok"}, "unknown verification rule 'blok'"),
+        ([], {"verification": "blok", "draft": ""}, "unknown verification rule 'blok'"),
+        ([], {"verification": "greedy"}, "greedy verification needs temperature 0"),
+        (["--prompt=a"], {"num_drafts": 2, "verification": "block"}, "several drafts need token"),
         ([], {"draft": "stories-draf"}, "did you mean 'stories-draft'"),
         ([], {"temprature": 0.5}, "did you mean 'config.temperature'"),
     ],

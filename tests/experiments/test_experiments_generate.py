@@ -84,6 +84,40 @@ def test_texts_are_the_target_s_and_keyed_by_their_number(run, tmp_path, models,
     assert found["target_length"] == pytest.approx(np.mean([len(t.target) for t in texts]))
 
 
+def test_metrics_have_a_record_for_each_file_whenever_it_was_written(run, tmp_path):
+    assert run()[0] is None
+    metrics = tmp_path / "texts" / "metrics.jsonl"
+    before = metrics.read_text()
+    records = [json.loads(line) for line in before.splitlines()]
+    assert [(r["file"], r["num_texts"]) for r in records] == [
+        (0, 6),
+        (1, 6),
+        (2, 6),
+        (3, 6),
+        (4, 2),
+    ]
+    last = WrittenTexts(tmp_path / "texts").take(range(24, 26))
+    assert records[-1]["target_length"] == np.mean([len(text.target) for text in last])
+    (tmp_path / "texts" / "texts-00003-of-00005.array_record").unlink()
+    assert run()[0] is None
+    assert metrics.read_text() == before
+
+
+def test_a_full_disk_is_told_and_leaves_no_part_of_a_file(run, tmp_path):
+    assert run()[0] is None
+    path = tmp_path / "texts" / "texts-00003-of-00005.array_record"
+    path.unlink()
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.symlink_to("/dev/full")
+    code, _, err = run()
+    assert code == 2
+    words = f"error: cannot write {path} (write() failed: No space left on device); make room"
+    assert words in err
+    assert not path.exists()
+    assert not beside.is_symlink()
+    assert run()[0] is None
+
+
 def test_a_file_that_is_missing_is_written_again_to_the_same_bits(run, tmp_path):
     assert run()[0] is None
     folder = tmp_path / "texts"

@@ -1,6 +1,7 @@
 """Configs for a T5 of one's own and for starts of drafts: stages read what those before wrote."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from experiments.distill import DistillConfig
 from experiments.evaluate import EvaluateConfig
 from experiments.finetune import FinetuneConfig
 
-CONFIGS = Path(__file__).resolve().parents[2] / "experiments" / "configs"
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "experiments" / "configs"
 CLASSES = {"finetune": FinetuneConfig, "draft": FinetuneConfig, "evaluate": EvaluateConfig}
 
 
@@ -36,6 +38,9 @@ def test_stages_of_ones_own_t5(size):
     assert distil.target == evaluate.target == distil.task.vocabulary == "my-t5"
     assert (distil.recipe.name, control.recipe.name) == ("distillspec", "sft")
     assert (draft.steps < 1000) is bool(size)
+    held_out = evaluate.num_tuning_prompts
+    assert evaluate.tuning_split == f"validation[:{held_out}]"
+    assert evaluate.split == f"validation[{held_out}:]"
 
 
 def test_all_starts_get_the_same_steps():
@@ -71,3 +76,15 @@ def test_all_starts_get_the_same_steps():
 def test_unknown_stages_are_named(file, options):
     with pytest.raises(ValueError, match="unknown"):
         config_of(file, options)
+
+
+def test_every_config_that_a_command_names_is_there():
+    texts = [
+        ROOT / "README.md",
+        *(ROOT / "launch").iterdir(),
+        *(ROOT / "experiments").rglob("*.py"),
+    ]
+    commands = re.compile(r"experiments/configs/[a-z]\w*(?:/\w+)*\.py")
+    named = {name for path in texts for name in commands.findall(path.read_text("utf-8"))}
+    assert len(named) > 10
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
