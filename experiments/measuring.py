@@ -49,11 +49,14 @@ class Results:
     records: list[Row]
 
     def summary(self) -> Row:
-        """The headline, flat: the last name's first row, and its gains at the same setting."""
-        first = {row["name"]: row for row in reversed(self.pooled)}  # the first row of each name
+        """The headline, flat: the last name's first row, and its gains at the same setting.
+
+        The first lossless one, if there is any: gains are of lossless rows alone.
+        """
         # rows begin with all names in their order; the last row may be any name's tuned gamma
         last_name = list(dict.fromkeys(row["name"] for row in self.pooled))[-1]
-        headline = first[last_name]
+        rows = [row for row in self.pooled if row["name"] == last_name]
+        headline = min(rows, key=lambda row: not row["lossless"])
         flat = {key: value for key, value in headline.items() if key != "seeds"}
         for gain in self.gains:
             key = f"{gain['figure']}_over_{gain['over']}_t{gain['temperature']:g}"
@@ -65,14 +68,14 @@ class Results:
 def measure(bench: Bench) -> Results:
     """Runs the whole grid."""
     sizes = bench.config.timed_batch_sizes
-    costs = {size: _costs(bench, size) for size in sizes}
+    timed = sizes if bench.config.timed_prompts else ()
+    costs = {size: _costs(bench, size) for size in timed or sizes[:1]}
     first = costs[sizes[0]]  # of the size that gamma is chosen for
     chosen, records = (
         _tune(bench, bench.tuning_prompts, first) if bench.tuning_prompts else ({}, [])
     )
     settings = _settings(bench, chosen)
     measured, along = _decode(bench, settings)
-    timed = sizes if bench.config.timed_prompts else ()
     clocks = {size: _race(bench, settings, size) for size in timed}
     drafts: list[Row] = []
     pooled: list[Row] = []
@@ -297,6 +300,7 @@ def _rows(
     row = {
         **dataclasses.asdict(setting),
         "seeds": list(cells),
+        "draft_sampling": dataclasses.asdict(bench.draft_sampling(setting.temperature)),
         "lossless": is_lossless,
         "verification": config.verification,
         "num_drafts": config.num_drafts,

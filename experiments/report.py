@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from distillspec_jax.errors import naming
 from distillspec_jax.report.figures import figures_of, render
 from distillspec_jax.report.headline import lines
 from distillspec_jax.report.page import page
@@ -32,7 +33,8 @@ def main(config: ReportConfig, workdir: Path) -> None:
     runs = find_runs(workdir)
     for path, content in _files(config, workdir, runs).items():  # all drawn before one is written
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(content)
+        with naming(path):
+            path.write_bytes(content)
     for run in runs:
         if run.is_evaluation:
             print("\n".join(lines(run)))

@@ -107,18 +107,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     """Writes a file that is whole at every moment: the old one or the new one."""
-    _replace(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """The same with an object a line; numbers that are not finite become null."""
-    lines = (json.dumps(finite(dict(record)), allow_nan=False) + "\n" for record in records)
-    _replace(path, "".join(lines))
-
-
-def _replace(path: Path, text: str) -> None:
     beside = _beside(path)
     with naming(path):
         try:
@@ -126,6 +116,17 @@ def _replace(path: Path, text: str) -> None:
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """The same with one value as JSON."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """The same with an object a line; numbers that are not finite become null."""
+    lines = (json.dumps(finite(dict(record)), allow_nan=False) + "\n" for record in records)
+    write_text(path, "".join(lines))
 
 
 def _beside(path: Path) -> Path:

@@ -107,7 +107,7 @@ def trimmed(inputs: np.ndarray, bucket: int = 32) -> np.ndarray:
 
     Few shapes to compile, and no work on padding that no row needs.
     """
-    longest = int((inputs != 0).sum(axis=1).max())
+    longest = max(int((inputs != 0).sum(axis=1).max()), 1)
     return inputs[:, : -(-longest // bucket) * bucket]
 
 

@@ -170,7 +170,7 @@ class Task:
         if not examples[first:last]:
             raise UserError(
                 f"the part '{split}' of task '{self.name}' is empty: '{name}' has "
-                f"{len(examples):,} examples"
+                f"{len(examples):,} examples; take another part, or another split"
             )
         return examples[first:last]
 

@@ -155,10 +155,9 @@ def _against_gamma(run: Run, line: str, point: str, label: str) -> Figure | None
 
 
 def _measured(run: Run, key: str) -> list[Record]:
-    """Lossless rows that have the figure, at the smallest timed batch."""
+    """Lossless rows that have the figure, at the first timed batch, as the predictions."""
     rows = [row for row in run.summary["pooled"] if row["lossless"] and key in row]
-    smallest = min((row.get("batch_size", 1) for row in rows), default=1)
-    return [row for row in rows if row.get("batch_size", 1) == smallest]
+    return [row for row in rows if row.get("batch_size") == rows[0].get("batch_size")]
 
 
 def _matching(rows: Sequence[Record], name: str, temperature: float) -> list[Record]:

@@ -37,7 +37,8 @@ def headlines(run: Run) -> list[Headline]:
     found = []
     for temperature in dict.fromkeys(row["temperature"] for row in rows):
         mine = [row for row in rows if row["temperature"] == temperature]
-        timed = [row for row in mine if "speedup_wall_clock" in row]
+        size = mine[0].get("batch_size")  # to which predictions and gains belong
+        timed = [r for r in mine if "speedup_wall_clock" in r and r["batch_size"] == size]
         gains = [gain for gain in run.summary["gains"] if gain["temperature"] == temperature]
         fastest = max(timed, key=lambda row: row["speedup_wall_clock"], default=None)
         gamma = mine[0]["gamma"]

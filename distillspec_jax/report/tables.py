@@ -148,7 +148,7 @@ def speed_table(evaluation: Run) -> Table:
         ],
         note=(
             f"{_count(rows, 'timed_prompts')} timed prompts, decoders interleaved after a warm-up, "
-            "the median of the repeats of each prompt, intervals by bootstrap over prompts. "
+            "the median of the repeats of each batch, intervals by bootstrap over batches. "
             "c: draft step over target step. v: verifying gamma + 1 positions over a target step. "
             "Predicted: tau / (c gamma + 1), and tau / (c gamma + v)."
         ),

@@ -53,6 +53,8 @@ _NO_DAMAGE = (
     *("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED"),
 )
 
+_Read = tuple[Any, dict[str, Any], dict[str, Any]]  # params, the rest of the state, memory
+
 
 class Checkpoints:
     """Saves and restores a run below `<workdir>/checkpoints`; see the layout above."""
@@ -113,9 +115,8 @@ class Checkpoints:
             for leaf in jax.tree.leaves(state):
                 leaf.delete()
         for step in steps:
-            restored, reason = self._restore_whole(step, shapes)
-            if hosts.all_true(restored is not None):
-                assert restored is not None
+            restored, reason = self._restore_step(step, shapes)
+            if restored is not None:
                 self._best.step = restored[1].get("best_step", -1)
                 return restored
             drop_unfinished_reads()
@@ -168,52 +169,57 @@ class Checkpoints:
         own = {"step": step, "best": best, "format": FORMAT, "versions": versions}
         return self._description | own
 
-    def _restore_whole(
+    def _restore_step(
         self, step: int, shapes: TrainState
     ) -> tuple[tuple[TrainState, dict[str, Any]] | None, str]:
+        """What the checkpoint of a step holds, None on all hosts if one finds it damaged; and why.
+
+        Reading is each host's own; what is computed of it is asked of all of them.
+        """
+        read, reason = self._read_whole(step, shapes)
+        if not hosts.all_true(read is not None):
+            return None, reason
+        assert read is not None
+        params, training, memory = read
+        wrong = _contradiction(step, params, training)
+        if not hosts.all_true(not wrong):
+            return None, wrong or reason
+        return (_join(shapes, params, training), memory), ""
+
+    def _read_whole(self, step: int, shapes: TrainState) -> tuple[_Read | None, str]:
         """What the checkpoint of a step holds, None if that is damaged; and why it may be so."""
         try:
-            return self._restore_step(step, shapes), "another host could not read it"
+            return self._read_step(step, shapes), "another host could not read it"
         except UserError:
             raise
         except Exception as error:
-            if _shows_damage(error):
-                return None, _first_line(error)
+            cause = _cause(error)
+            if _shows_damage(cause):
+                return None, _first_line(cause)
             place = self._folder / str(step)
-            if isinstance(error, PermissionError) or str(error).startswith("PERMISSION_DENIED"):
+            if isinstance(cause, PermissionError) or str(cause).startswith("PERMISSION_DENIED"):
                 drop_unfinished_reads()
                 raise UserError(
-                    f"checkpoint {place} may not be read ({_first_line(error)}); allow reading, "
+                    f"checkpoint {place} may not be read ({_first_line(cause)}); allow reading, "
                     "then start the same command again"
                 ) from error
             error.add_note(f"checkpoint {place} was not read; nothing says that it is damaged")
             raise
 
-    def _restore_step(self, step: int, shapes: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        stored = self._manager.restore(
-            step, args=ocp.args.Composite(description=ocp.args.JsonRestore())
-        )["description"]
-        self._check_identity(step, stored)
+    def _read_step(self, step: int, shapes: TrainState) -> _Read:
+        """Reads without a word to other hosts: one that fails here would leave them waiting."""
+        place = self._folder / str(step)
+        self._check_identity(step, _json(place / "description"))
         params, training = _split(shapes)
         sums = (len(jax.tree.leaves((params, training))),)
         training["checksums"] = jax.ShapeDtypeStruct(
             sums, jnp.uint32, sharding=shapes.step.sharding
         )
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(params),
-                training=ocp.args.StandardRestore(training),
-                loop=ocp.args.JsonRestore(),
-            ),
+        return (
+            _arrays(place / "params", params),
+            _arrays(place / "training", training),
+            _json(place / "loop"),
         )
-        params, training = restored["params"], restored["training"]
-        stored_sums = training.pop("checksums")
-        if not np.array_equal(checksums((params, training)), stored_sums):
-            raise ValueError("the arrays do not have the checksums they were saved with")
-        if int(training["step"]) != step:
-            raise ValueError(f"it holds step {int(training['step'])}")
-        return _join(shapes, params, training), restored["loop"]
 
     def _check_identity(self, step: int, stored: Mapping[str, Any]) -> None:
         place = self._folder / str(step)
@@ -284,7 +290,43 @@ def chosen_step(workdir: Path) -> int:
     return max(best or steps)
 
 
-def _shows_damage(error: Exception) -> bool:
+def _json(place: Path) -> dict[str, Any]:
+    handler = ocp.JsonCheckpointHandler()
+    try:
+        return handler.restore(place, ocp.args.JsonRestore())
+    finally:
+        handler.close()
+
+
+def _arrays(place: Path, shapes: Any) -> Any:
+    handler = ocp.StandardCheckpointHandler()
+    try:
+        return handler.restore(place, args=ocp.args.StandardRestore(shapes))
+    finally:
+        handler.close()
+
+
+def _contradiction(step: int, params: Any, training: dict[str, Any]) -> str:
+    """Why the arrays are not those that were saved at `step`, '' if they are; takes the sums out.
+
+    To be asked on all hosts: the sums are over whole arrays.
+    """
+    stored = training.pop("checksums")
+    if not np.array_equal(checksums((params, training)), stored):
+        return "the arrays do not have the checksums they were saved with"
+    if int(training["step"]) != step:
+        return f"it holds step {int(training['step'])}"
+    return ""
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong below a bare Exception, in which Orbax wraps errors of reading arrays."""
+    while type(error) is Exception and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _shows_damage(error: BaseException) -> bool:
     """Whether an error of reading is what cut, lost or changed files make Orbax raise."""
     if isinstance(error, OSError):
         return isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
@@ -292,7 +334,7 @@ def _shows_damage(error: Exception) -> bool:
     return isinstance(error, of_content) and not str(error).startswith(_NO_DAMAGE)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     lines = str(error).splitlines()
     return lines[0][:200] if lines else type(error).__name__
 

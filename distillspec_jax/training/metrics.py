@@ -18,6 +18,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
+from distillspec_jax.errors import naming
+
 JSONL = "metrics.jsonl"
 EVENTS = "tensorboard"
 _FLUSH_SECONDS = 120.0  # event files lag behind by as much: a flush goes down to the disk
@@ -58,8 +60,9 @@ class MetricsWriter(Writer):
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         record: dict[str, Any] = {"step": step, "kind": kind, "wall_time": time.time()}
         record |= finite(dict(values))
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        with naming(Path(self._file.name)):
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
         self._events.write(
             step, {f"{kind}/{k}": v for k, v in values.items() if not isinstance(v, list)}
         )
@@ -126,7 +129,8 @@ def drop_records_after(path: Path, step: int) -> None:
         return
     kept = [line for line in path.read_text("utf-8").splitlines() if _is_record_until(line, step)]
     whole = path.with_suffix(".tmp")
-    whole.write_text("".join(line + "\n" for line in kept), "utf-8")
+    with naming(whole):
+        whole.write_text("".join(line + "\n" for line in kept), "utf-8")
     os.replace(whole, path)
 
 

@@ -192,6 +192,8 @@ def test_prompts_lose_the_columns_that_all_of_them_pad():
     np.testing.assert_array_equal(pipeline.trimmed(inputs, 4), inputs[:, :8])
     np.testing.assert_array_equal(pipeline.trimmed(inputs, 5), inputs[:, :5])
     np.testing.assert_array_equal(pipeline.trimmed(inputs, 16), inputs)
+    empty = np.zeros((2, 11), np.int32)
+    assert pipeline.trimmed(empty, 4).shape == (2, 4)  # no shape of its own for no piece at all
 
 
 def test_over_long_examples_far_behind_are_found_when_drawn(monkeypatch):

@@ -154,16 +154,23 @@ def test_seeds_are_pooled(summary):
 
 def test_the_headline_is_the_last_name_s_first_row():
     rows = [{"name": name, "gamma": gamma} for name, gamma in (("a", 7), ("b", 7), ("a", 4))]
+    rows = [row | {"lossless": True} for row in rows]
     summary = measuring.Results(drafts=[], pooled=rows, gains=[], records=[]).summary()
     assert (summary["name"], summary["gamma"]) == ("b", 7)
 
 
 def test_the_headline_s_gain_is_that_of_its_gamma():
-    rows = [{"name": name, "gamma": gamma} for gamma in (7, 3) for name in ("a", "b")]
+    rows = [
+        {"name": name, "gamma": gamma, "lossless": lossless}
+        for gamma in (7, 3)
+        for lossless in (False, True)  # a grid whose lenience does not begin with 1
+        for name in ("a", "b")
+    ]
     about = {"figure": "block_efficiency", "over": "a", "temperature": 0.0, "gain_ci95": [1, 3]}
     gains = [{**about, "gamma": gamma, "gain": gamma / 2} for gamma in (7, 3)]
     summary = measuring.Results(drafts=[], pooled=rows, gains=gains, records=[]).summary()
     assert (summary["gamma"], summary["block_efficiency_over_a_t0"]) == (7, 3.5)
+    assert (summary["name"], summary["lossless"]) == ("b", True)
 
 
 def test_gains_are_ratios_of_the_rows(summary):
@@ -293,6 +300,25 @@ def test_lossy_rows_are_marked_and_none_is_greedy(config, tmp_path):
     assert "block_efficiency_path_ci95" not in rows[2]
 
 
+def test_a_draft_with_a_sampling_of_its_own(config, workdir, tmp_path):
+    """In the decoder as along the texts: all three ways of alpha are of that draft."""
+    own = {"draft_temperature": 0.8, "draft_top_k": 60, "draft_top_p": 0.9}
+    changed = dataclasses.replace(
+        config, drafts=config.drafts[:1], timed_prompts=0, tune=False, max_new_tokens=57, **own
+    )
+    evaluate.main(changed, tmp_path / "run")
+    rows = json.loads((tmp_path / "run" / "summary.json").read_text())["drafts"]
+    usual = json.loads((workdir / "summary.json").read_text())["drafts"]
+    print(rows[0], rows[1], usual[4])
+    for row in rows:
+        assert row["draft_sampling"] == {"temperature": 0.8, "top_k": 60, "top_p": 0.9}
+        assert row["lossless"] is True
+        for key in ("acceptance_rate_overlap", "acceptance_rate_blocks"):
+            assert row[key] == pytest.approx(row["acceptance_rate"], abs=0.05)
+    assert rows[0]["greedy_mismatches"] == 0
+    assert usual[0]["draft_sampling"] == {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
+
+
 def test_block_verification_is_given_no_figure_of_the_token_rule(config, tmp_path, capsys):
     changed = dataclasses.replace(
         config, drafts=config.drafts[:1], timed_prompts=0, verification="block"
@@ -365,6 +391,9 @@ def file_of(tmp_path, config):
         ({"verification": "block", "lenience": (0.5,)}, "lenience changes token verification"),
         ({"verification": "blok"}, "did you mean 'block'"),
         ({"lenience_kind": "expontial"}, "did you mean 'exponential'"),
+        ({"draft_temperature": -1.0}, "config.draft_temperature is -1.0; it must be 0 (greedy)"),
+        ({"draft_top_k": -2}, "config.draft_top_k is -2; it must be 0 (off)"),
+        ({"draft_top_p": 0.0}, "config.draft_top_p is 0.0; it must be in (0, 1]"),
         ({"lenience": (0.0,)}, "lenience is 0.0; it must be in (0, 1]"),
         ({"target": "nowhere/target"}, "no model at 'nowhere/target'"),
     ],

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from distillspec_jax.report.figures import figures_of, render
+from distillspec_jax.report.figures import _measured, figures_of, render
 from distillspec_jax.report.headline import headlines, lines
 from distillspec_jax.report.page import page
 from distillspec_jax.report.runs import find_runs
@@ -87,6 +87,22 @@ def test_another_timed_batch_adds_a_row_of_speed_only(runs_folder, evaluation):
     again = change(runs_folder, ".", add_batch)[0]
     assert len(speed_table(again).rows) == 2 * len(speed_table(evaluation).rows)
     assert drafts_table(again).rows == drafts_table(evaluation).rows
+
+
+def test_headline_and_figures_are_of_the_first_timed_batch(runs_folder):
+    """Predictions and gains are; another batch may be faster or slower."""
+
+    def add_batches(summary):
+        rows = [row | {"batch_size": 8} for row in summary["pooled"]]
+        for row in summary["pooled"]:
+            row["speedup_wall_clock"] *= 9
+        summary["pooled"] = [
+            row for pair in zip(rows, summary["pooled"], strict=True) for row in pair
+        ]
+
+    again = change(runs_folder, ".", add_batches)[0]
+    assert {each.timed["batch_size"] for each in headlines(again)} == {8}
+    assert {row["batch_size"] for row in _measured(again, "speedup_wall_clock")} == {8}
 
 
 def test_gains_say_at_which_gamma(evaluation):

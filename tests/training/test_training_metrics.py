@@ -37,6 +37,17 @@ def test_not_finite_becomes_null(tmp_path):
     assert (record["loss"], record["norm"], record["ci"]) == (None, None, [1.0, None])
 
 
+def test_a_full_disk_is_told_by_file(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    writer = MetricsWriter.__new__(MetricsWriter)  # /dev/full never ends: there is nothing to drop
+    writer._file = (tmp_path / "metrics.jsonl").open("w")
+    with pytest.raises(OSError, match="No space left") as error:
+        writer.write("train", 3, {"loss": 0.5})
+    assert error.value.filename == str(tmp_path / "metrics.jsonl")
+    with pytest.raises(OSError, match="No space left"):
+        writer._file.close()
+
+
 def test_a_record_is_on_disk_at_once(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         writer.write("train", 1, {"loss": 1.0})
