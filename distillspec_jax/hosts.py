@@ -2,17 +2,19 @@
 
 The engine is `jax.distributed`; it also ends the others when one dies, and names it. What it does
 not say is who was missing at the start, so every host leaves a file in the job's folder while it
-waits for the others.
+waits for the others. Later, a host that lives but does not come is named where all of them meet:
+`on_first`, `all_true` and `fetch`.
 
     DISTILLSPEC_HOSTS          number of processes, or `auto` where JAX detects the cluster itself
                                (Slurm, TPU pods, GKE); unset: this process alone
     DISTILLSPEC_HOST           number of this process, where DISTILLSPEC_HOSTS is a number
     JAX_COORDINATOR_ADDRESS    host:port of process 0, where DISTILLSPEC_HOSTS is a number
-    DISTILLSPEC_HOSTS_TIMEOUT  seconds to wait for a host, at the start or if it falls silent
+    DISTILLSPEC_HOSTS_TIMEOUT  seconds to wait for a host, wherever all meet or if it falls silent
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import socket
@@ -20,13 +22,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from distillspec_jax.errors import UserError
 
@@ -41,6 +44,7 @@ _COMMUNICATION = re.compile(
     "|gloo|nccl|communicator|connection|heartbeat|coordination",
     re.IGNORECASE,
 )
+_meetings = itertools.count()  # the same number in all processes: they all come to all meetings
 _RANKS = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
 
 
@@ -53,7 +57,7 @@ def initialize(folder: Path, environment: Mapping[str, str] = os.environ) -> Non
     count = environment.get("DISTILLSPEC_HOSTS", "")
     if not count:
         return
-    limit = _number(environment, "DISTILLSPEC_HOSTS_TIMEOUT", "300", least=1)
+    limit = _limit(environment)
     arguments: dict[str, Any] = {}
     if count == "auto":
         me, expected = _detected(environment)
@@ -110,40 +114,57 @@ def _number(environment: Mapping[str, str], key: str, default: str, *, least: in
     return int(text)
 
 
+def _limit(environment: Mapping[str, str]) -> int:
+    return _number(environment, "DISTILLSPEC_HOSTS_TIMEOUT", "300", least=1)
+
+
 def _give_up(arrivals: Path, me: str, expected: int | None, limit: float) -> None:
     try:
         why = _missing(arrivals, me, expected, limit)
     except OSError as error:  # the others met at this moment, and took their files away
         why = f"not all hosts came within {limit:g} seconds ({error}); start all again"
+    _leave(why)
+
+
+def _leave(why: str) -> NoReturn:
     print(f"error: {why}", file=sys.stderr, flush=True)
     os._exit(LOST)  # the engine's own wait cannot be interrupted
 
 
 def _missing(arrivals: Path, me: str, expected: int | None, limit: float) -> str:
     """Who did not come. A file older than mine by the limit is of an earlier start: who waited
-    since then has given up.
+    since then has given up. One who was killed while waiting, within that time, counts as here.
 
     Ages are differences between times of one file server: no two clocks are compared.
     """
     newest = (arrivals / me).stat().st_mtime
     here = {p.name for p in arrivals.iterdir() if p.stat().st_mtime > newest - limit}
     if expected is None:
-        who = f"only {', '.join(sorted(here))} came"
-    else:
-        absent = [str(host) for host in range(expected) if str(host) not in here]
-        names = f"host{'s' * (len(absent) > 1)} {', '.join(absent)}" if absent else "not all"
-        who = f"{names} of {expected} did not come"
+        return _late(f"only {', '.join(sorted(here))} came", limit)
+    absent = [str(host) for host in range(expected) if str(host) not in here]
+    return _late(_did_not_come(absent, expected), limit)
+
+
+def _did_not_come(absent: Sequence[str], expected: int) -> str:
+    if not absent:
+        return f"not all of {expected} came"
+    return f"host{'s' * (len(absent) > 1)} {', '.join(absent)} of {expected} did not come"
+
+
+def _late(who: str, limit: float) -> str:
     return f"{who} within {limit:g} seconds; look at their logs, and start all again"
 
 
 def failed(error: BaseException, environment: Mapping[str, str] = os.environ) -> int:
-    """Says why the engine failed in one of several processes; returns the exit code.
+    """Says why one of several processes failed; returns the exit code.
 
     Where the hosts lost each other it lets the engine name the one that died: that ends this
     process when the heartbeat is missed. The code is LOST if it does not.
     """
     text = str(error)[:500]
-    if _OUT_OF_MEMORY.search(text):
+    # A CPU's collectives fail by ValueError; other errors may speak of connections, too.
+    of_engine = isinstance(error, jax.errors.JaxRuntimeError) or text.startswith("UNKNOWN: Gloo")
+    if of_engine and _OUT_OF_MEMORY.search(text):
         print(
             f"error: host {jax.process_index()} is out of memory ({text.splitlines()[0]}); --plan "
             "says what each device holds and which option makes it less",
@@ -151,11 +172,11 @@ def failed(error: BaseException, environment: Mapping[str, str] = os.environ) ->
             flush=True,
         )
         return FAILED
-    if not _COMMUNICATION.search(text):
+    if not (of_engine and _COMMUNICATION.search(text)):
         traceback.print_exception(error)
         return FAILED
     print(f"error: the hosts lost each other: {text}", file=sys.stderr, flush=True)
-    time.sleep(_number(environment, "DISTILLSPEC_HOSTS_TIMEOUT", "300", least=1) + 10)
+    time.sleep(_limit(environment) + 10)
     return LOST
 
 
@@ -164,20 +185,40 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def _meet() -> None:
+    """Returns when all processes are here; ends them with code LOST if one does not come in time.
+
+    For before a collective, which has no time limit. The limit is for hosts to come, not for what
+    devices still do: saves and evaluations of any length lie before it, in all hosts alike.
+    """
+    limit = _limit(os.environ)
+    try:
+        barrier = multihost.get_barrier_sync_fn()
+        barrier(key=f"distillspec_meeting_{next(_meetings)}", timeout_ms=1_000 * limit)
+    except jax.errors.JaxRuntimeError as error:
+        _, named, names = str(error).partition("timed out task names:")
+        if not named:
+            raise
+        absent = sorted(re.findall(r"^\d+$", names, re.MULTILINE), key=int)
+        _leave(_late(_did_not_come(absent, jax.process_count()), limit))
+
+
 def on_first(action: Callable[[], Any]) -> Any:
     """Does `action` in the first process alone; returns its result there, None elsewhere.
 
-    Waits for it in all processes. A UserError or OSError of it is raised in all of them, so that
-    none goes on alone.
+    Waits for it in all processes, no longer than for a host: it should be short. A UserError or
+    OSError of it is raised in all of them, so that none goes on alone.
     """
     if jax.process_count() == 1:
         return action()
+    _meet()
     result, error = None, None
     if is_first():
         try:
             result = action()
         except (UserError, OSError) as caught:
             error = caught
+    _meet()
     text = str(error or "").encode()[:_ERROR_BYTES].ljust(_ERROR_BYTES, b"\0")
     told = multihost_utils.broadcast_one_to_all(np.frombuffer(text, np.uint8))
     message = bytes(np.asarray(told, np.uint8)).rstrip(b"\0").decode(errors="ignore")
@@ -192,17 +233,23 @@ def all_true(flag: bool) -> bool:
     """Whether the flag is true in every process; all of them must ask."""
     if jax.process_count() == 1:
         return flag
+    _meet()
     return bool(np.all(multihost_utils.process_allgather(np.array([flag]))))
 
 
 def fetch(tree: Any) -> Any:
-    """The whole arrays on this host, wherever their rows lie."""
+    """The whole arrays on this host, wherever their rows lie; all processes must ask."""
+
+    def is_here(leaf: Any) -> bool:
+        return getattr(leaf, "is_fully_addressable", True)
 
     def whole(leaf: Any) -> np.ndarray:
-        if getattr(leaf, "is_fully_addressable", True):
+        if is_here(leaf):
             return np.asarray(leaf)
         return multihost_utils.process_allgather(leaf, tiled=True)
 
+    if not all(map(is_here, jax.tree.leaves(tree))):
+        _meet()
     return jax.tree.map(whole, tree)
 
 

@@ -57,25 +57,43 @@ class Speaks(Protocol):
 Shardings = Callable[[ModelConfig], Any]  # of a model's parameters, as zoo.load takes it
 
 
-def load(path: str, task: Speaks, *, seed: int = 0, shardings: Shardings | None = None) -> Loaded:
+def load(
+    path: str,
+    task: Speaks,
+    *,
+    compute_dtype: str = "float32",
+    seed: int = 0,
+    shardings: Shardings | None = None,
+) -> Loaded:
     """Loads a model onto its devices; `seed` is of a preset's fresh parameters.
 
-    Raises UserError if it does not speak the task's vocabulary.
+    Its parameters are float32, whatever it computes in. Raises UserError if it does not speak the
+    task's vocabulary.
     """
     _check_vocabulary(path, task)
-    return Loaded(path, *zoo.load(path, seed=seed, shardings=shardings))
+    model, params = zoo.load(path, seed=seed, shardings=shardings)
+    return Loaded(path, _computing_in(compute_dtype, model), params)
 
 
 def outline(
-    path: str, task: Speaks, *, seed: int = 0, shardings: Shardings | None = None
+    path: str,
+    task: Speaks,
+    *,
+    compute_dtype: str = "float32",
+    seed: int = 0,
+    shardings: Shardings | None = None,
 ) -> Loaded:
     """What `load` would load or refuse, with shapes and shardings in place of arrays."""
     _check_vocabulary(path, task)
-    model, _ = _outline(path)
+    model = _computing_in(compute_dtype, _outline(path)[0])
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(seed)))
     if shardings is not None:
         shapes = placed(shapes, shardings(model.config))
     return Loaded(path, model, shapes)
+
+
+def _computing_in(dtype: str, model: Transformer) -> Transformer:
+    return zoo.model(dataclasses.replace(model.config, dtype=dtype))
 
 
 def _check_vocabulary(path: str, task: Speaks) -> None:
@@ -104,6 +122,35 @@ def _outline(path: str) -> tuple[Transformer, str | None]:
     known = zoo.describe(path)
     config = ModelConfig(**known["model"] | {"name": path})
     return zoo.model(config), known.get("vocabulary_fingerprint")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DraftSampling:
+    """The part of a config that gives the draft a sampling of its own; None is the target's."""
+
+    draft_temperature: float | None = None
+    draft_top_k: int | None = None
+    draft_top_p: float | None = None
+
+    @property
+    def draft_options(self) -> dict[str, float]:
+        """Those that are given, by key."""
+        names = [field.name for field in dataclasses.fields(DraftSampling)]
+        options = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in options.items() if value is not None}
+
+    def draft_sampling(self, sampling: Sampling) -> Sampling:
+        """The draft's, where the target has `sampling`.
+
+        Raises UserError, with the key, for a value out of range.
+        """
+        own: dict[str, Any] = self.draft_options
+        try:
+            return dataclasses.replace(
+                sampling, **{name.removeprefix("draft_"): value for name, value in own.items()}
+            )
+        except UserError as error:
+            raise UserError(f"config.draft_{error}") from None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # itself a key of results; arrays have no hash
@@ -180,6 +227,10 @@ class Bench:
     def sampling(self, temperature: float) -> Sampling:
         return Sampling(temperature, self.config.top_k, self.config.top_p)
 
+    def draft_sampling(self, temperature: float) -> Sampling:
+        """The draft's, where the target has this temperature."""
+        return self.config.draft_sampling(self.sampling(temperature))
+
     def weights(self) -> dict[str, list[float]]:
         """Sum and sum of squares of each model's parameters: other weights, other numbers."""
         moments = {name: _moments(loaded.params) for name, loaded in self.models.items()}
@@ -199,13 +250,15 @@ class Bench:
 
     def speculation(self, draft: Draft, setting: Setting) -> Speculation:
         """The sampler of a draft in one setting."""
-        lenience = Lenience(self.config.lenience_kind, setting.lenience)
+        kind, relaxed = self.config.lenience_kind, self.config.relaxed_residual
+        lenience = Lenience(kind, setting.lenience, relaxed)
         return Speculation(
             target=self.target.model,
             draft=draft.loaded.model,
             gamma=setting.gamma,
             max_new_tokens=self.max_new_tokens,
             sampling=self.sampling(setting.temperature),
+            draft_sampling=self.draft_sampling(setting.temperature),
             verification=self.config.verification,
             lenience=None if lenience.is_exact else lenience,
             block_length=self.config.block_length,
@@ -234,6 +287,7 @@ class Bench:
             draft.loaded.params,
             *texts,
             sampling=self.sampling(temperature),
+            draft_sampling=self.draft_sampling(temperature),
         )
         return dataclasses.asdict(scored)
 
@@ -252,8 +306,9 @@ def open_bench(config: EvaluateConfig, task: Task) -> Bench:
     settings that the sampler refuses.
     """
     check_meeting(config.target, *(draft.path for draft in config.drafts))
-    target = load(config.target, task)
-    drafts = [Draft(draft, load(draft.path, task)) for draft in config.drafts]
+    load_model = functools.partial(load, task=task, compute_dtype=config.compute_dtype)
+    target = load_model(config.target)
+    drafts = [Draft(draft, load_model(draft.path)) for draft in config.drafts]
     prompts = read_prompts(task, config.split, config.num_prompts)
     tuning = None
     if config.tune and config.has_whole_blocks:

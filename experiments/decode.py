@@ -138,6 +138,8 @@ def _announce(decoder: Decoder) -> None:
     how = f"gamma {config.gamma}, {config.verification} verification, " if decoder.draft else ""
     print(f"{how}temperature {config.temperature:g}, up to {config.max_new_tokens} tokens")
     if decoder.draft is not None:
+        for key, value in config.draft_options.items():
+            print(f"{key} {value:g}")
         legend = Text("colours: ")
         for origin, word in ORIGINS.items():
             legend.append(f"{word} ", STYLES[origin])
@@ -163,6 +165,7 @@ def _summary(
     return {
         **about,
         "gamma": config.gamma,
+        **config.draft_options,
         "lossless": config.lenience.is_exact,
         **ratio(counts["emitted"], counts["calls"]).keys("block_efficiency"),
         **ratio(counts["accepted"], counts["tested"]).keys("acceptance_rate"),

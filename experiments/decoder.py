@@ -31,14 +31,15 @@ from distillspec_jax.decoding.state import (
 from distillspec_jax.decoding.verification import RULES
 from distillspec_jax.errors import UserError, unknown_name
 from distillspec_jax.evaluation.corpus import OnRows, over_batches
-from experiments.bench import Loaded, check_meeting, load
+from distillspec_jax.models.config import check_dtype
+from experiments.bench import DraftSampling, Loaded, check_meeting, load
 
 ORIGINS = {ACCEPTED: "accepted", CORRECTED: "corrected", BONUS: "bonus"}
 STYLES = {ACCEPTED: "green", CORRECTED: "bold red", BONUS: "bold blue"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodeConfig:
+class DecodeConfig(DraftSampling):
     """Models, prompts and how to decode them."""
 
     target: str
@@ -61,6 +62,7 @@ class DecodeConfig:
     block_length: BlockLength = dataclasses.field(default_factory=BlockLength)
     num_drafts: int = 1
     batch_size: int = 8
+    compute_dtype: str = "float32"  # or bfloat16; weights and softmax stay in float32
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,6 +71,7 @@ class DecodeConfig:
                 raise UserError(f"config.{field} is {getattr(self, field)}, must be at least 1")
         if self.verification not in RULES:
             raise unknown_name("verification rule", self.verification, RULES, "config.verification")
+        check_dtype(self.compute_dtype, "config.compute_dtype")
         if self.prompts and self.prompt:
             raise UserError("prompts come from a file or from flags: give --prompts or --prompt")
 
@@ -145,9 +148,11 @@ class Decoder:
         self.vocabulary: Vocabulary = load_vocabulary(config.vocabulary)
         if config.draft:
             check_meeting(config.target, config.draft)
-        self.target = load(config.target, self)
-        self.draft = load(config.draft, self) if config.draft else None
+        dtype = config.compute_dtype
+        self.target = load(config.target, self, compute_dtype=dtype)
+        self.draft = load(config.draft, self, compute_dtype=dtype) if config.draft else None
         self.sampling = Sampling(config.temperature, config.top_k, config.top_p)
+        self.draft_sampling = config.draft_sampling(self.sampling)
         self.speculation = None if self.draft is None else self._speculation(self.draft)
 
     def encode(self, examples: Examples) -> np.ndarray:
@@ -232,6 +237,7 @@ class Decoder:
             gamma=config.gamma,
             max_new_tokens=config.max_new_tokens,
             sampling=self.sampling,
+            draft_sampling=self.draft_sampling,
             verification=config.verification,
             lenience=None if config.lenience.is_exact else config.lenience,
             block_length=config.block_length,

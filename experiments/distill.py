@@ -13,6 +13,7 @@ for. Started again with the same workdir it goes on from the last checkpoint, to
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,9 +33,7 @@ from distillspec_jax.training.state import TrainState
 from experiments import door, parts, planning
 from experiments.bench import Loaded, check_meeting, load
 from experiments.phases import PhasedStep
-from experiments.watching import MEAN, DecoderConfig, make_decoding
-
-LOW_EOS_RATE = 0.5  # below it most samples are cut by the limit, and little is learnt of the end
+from experiments.watching import LOW_EOS_RATE, MEAN, DecoderConfig, make_decoding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +71,7 @@ class DistillConfig(parts.TrainingConfig):
     target_layout: str = "sharded"  # over config.mesh, or "replicated"
     draft_layout: str = "replicated"
     loss_chunk: int = 0  # positions that have logits at a time; 0: all
-    time_phases: bool = False  # log rollout_seconds and update_seconds; costs a little speed
+    time_phases: bool = False  # log rollout_, score_ and update_seconds; costs a little speed
     decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
     loop: LoopConfig = dataclasses.field(default_factory=lambda: LoopConfig(best_metric=MEAN))
 
@@ -95,6 +94,7 @@ def prepare(
     """Models, the draft's state and the compiled step; only shapes if `load` gives no more."""
     check_meeting(config.target, config.draft)
     recipe, places = config.recipe.resolve(), layout.params(config.draft_layout)
+    load = functools.partial(load, compute_dtype=config.compute_dtype)
     target = load(config.target, task, shardings=layout.params(config.target_layout))
     draft = load(config.draft, task, seed=config.seed, shardings=places)
     reference = _reference(config, recipe, draft)
@@ -125,7 +125,8 @@ def _reference(config: DistillConfig, recipe: recipes.Recipe, draft: Loaded) -> 
     if not config.reference:
         raise UserError(f"recipe '{recipe.name}' needs config.reference, a frozen draft")
     theirs = ModelConfig(**zoo.describe(config.reference)["model"])
-    if dataclasses.replace(theirs, name="") != dataclasses.replace(draft.model.config, name=""):
+    ours = dataclasses.replace(draft.model.config, name=theirs.name, dtype=theirs.dtype)
+    if theirs != ours:
         raise UserError(
             f"config.reference '{config.reference}' must have the shape of the draft "
             f"'{config.draft}'"

@@ -12,7 +12,6 @@ import importlib.util
 import os
 import re
 import sys
-import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -126,11 +125,8 @@ def _among_hosts(action: Callable[[], Any]) -> Any:
         return action()
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else 1
-    except jax.errors.JaxRuntimeError as error:
+    except BaseException as error:
         code = hosts.failed(error)
-    except BaseException:
-        traceback.print_exc()
-        code = hosts.FAILED
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -23,8 +23,9 @@ from distillspec_jax.data import tasks
 from distillspec_jax.data.tasks import TaskConfig
 from distillspec_jax.decoding.block_length import FIXED, BlockLength
 from distillspec_jax.errors import UserError
+from distillspec_jax.models.config import check_dtype
 from experiments import door, measuring, planning_decoding
-from experiments.bench import Bench, open_bench
+from experiments.bench import Bench, DraftSampling, open_bench
 from experiments.workdir import SUMMARY, Workdir, write_json_lines
 
 METRICS = "metrics.jsonl"
@@ -43,7 +44,7 @@ class DraftConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(DraftSampling):
     """What is measured; every list is a dimension of the grid."""
 
     target: str
@@ -55,6 +56,7 @@ class EvaluateConfig:
     gammas: tuple[int, ...] = (7,)
     lenience: tuple[float, ...] = (1.0,)  # 1 is lossless; others are measured at T > 0
     lenience_kind: str = "exponential"
+    relaxed_residual: bool = False  # with lenience, of the correction, too
     verification: str = "token"
     block_length: BlockLength = FIXED  # adaptive within each gamma
     num_drafts: int = 1  # of every block
@@ -62,6 +64,7 @@ class EvaluateConfig:
     top_p: float = 1.0
     max_new_tokens: int = 0  # 0: the task's target length
     batch_size: int = 64  # of decoding for acceptance; with a draft, its slots
+    compute_dtype: str = "float32"  # or bfloat16; weights and softmax stay in float32
     seed: int = 0  # of sampling
     # also measure the gamma of the highest predicted speed; it is predicted for token
     # verification of whole blocks alone
@@ -82,6 +85,7 @@ class EvaluateConfig:
         for field in ("gammas", "gamma_grid", "timed_batch_sizes"):
             _at_least(1, f"config.{field}", getattr(self, field))
         _at_least(0, "config.timed_prompts", [self.timed_prompts])
+        check_dtype(self.compute_dtype, "config.compute_dtype")
         seen = [(draft.name, draft.seed) for draft in self.drafts]
         if len(set(seen)) < len(seen):
             raise UserError("config.drafts names a draft twice with one seed; give each its seed")
@@ -145,6 +149,8 @@ def _announce(bench: Bench) -> None:
         print("  no gamma is tuned: that knows token verification of whole blocks alone")
     grid = {"temperature": config.temperatures, "gamma": config.gammas, "lenience": config.lenience}
     print("  " + ", ".join(f"{name} {_list(values)}" for name, values in grid.items()))
+    if config.draft_options:
+        print("  " + ", ".join(f"{key} {value:g}" for key, value in config.draft_options.items()))
     devices = jax.devices()
     print(f"  devices: {len(devices)} x {devices[0].device_kind}", flush=True)
 

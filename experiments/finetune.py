@@ -52,7 +52,13 @@ def prepare(
 ) -> parts.Prepared:
     """The model, its state and the compiled step; only shapes if `load` gives no more."""
     places = layout.params(config.model_layout)
-    loaded = load(config.model, task, seed=config.seed, shardings=places)
+    loaded = load(
+        config.model,
+        task,
+        compute_dtype=config.compute_dtype,
+        seed=config.seed,
+        shardings=places,
+    )
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = parts.new_state(config, layout, loaded, optimizer)
     step = make_finetune_step(

@@ -27,14 +27,15 @@ from distillspec_jax.decoding.autoregressive import Generation, autoregressive_s
 from distillspec_jax.decoding.sampling import Sampling
 from distillspec_jax.errors import UserError
 from distillspec_jax.evaluation.corpus import over_batches
+from distillspec_jax.models.config import check_dtype
 from distillspec_jax.models.fingerprint import fingerprint
 from distillspec_jax.progress import Progress
 from experiments import door, planning_decoding
 from experiments.bench import Loaded, load, read_prompts
+from experiments.watching import LOW_EOS_RATE
 from experiments.workdir import Workdir, write_json_lines
 
 METRICS = "metrics.jsonl"
-LOW_EOS_RATE = 0.5  # below it most texts are cut by the limit, and little is learnt of the end
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,12 +52,14 @@ class GenerateConfig:
     max_new_tokens: int = 0  # 0: the task's target length
     batch_size: int = 64
     shard_size: int = 1_000  # texts in a file
+    compute_dtype: str = "float32"  # or bfloat16; weights and softmax stay in float32
     seed: int = 0
 
     def __post_init__(self) -> None:
         for field in ("samples", "batch_size", "shard_size"):
             if getattr(self, field) < 1:
                 raise UserError(f"config.{field} is {getattr(self, field)}, must be at least 1")
+        check_dtype(self.compute_dtype, "config.compute_dtype")
         if self.max_new_tokens < 0:
             raise UserError("config.max_new_tokens must not be negative; 0 is the task's length")
 
@@ -67,7 +70,7 @@ class GenerateConfig:
 
 def main(config: GenerateConfig, workdir: Path) -> None:
     task = load_task(config.task)
-    target = load(config.target, task)
+    target = load(config.target, task, compute_dtype=config.compute_dtype)
     inputs = read_prompts(task, config.split, len(task.examples(config.split))).inputs
     settings = _settings(config, task, target, len(inputs))
     with Workdir(workdir, "generate", config, may_change=("batch_size",)) as run:

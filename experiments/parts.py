@@ -16,6 +16,7 @@ from distillspec_jax.data.batch import Batch
 from distillspec_jax.data.examples import take
 from distillspec_jax.data.tasks import Task, TaskConfig
 from distillspec_jax.errors import UserError
+from distillspec_jax.models.config import check_dtype
 from distillspec_jax.sharding.layout import Layout, check_rows, device_bytes
 from distillspec_jax.sharding.mesh import AXES, MeshConfig, make_mesh
 from distillspec_jax.training.checkpoints import Checkpoints
@@ -49,6 +50,7 @@ class TrainingConfig:
     length_bucket: int = 0  # above 0: like lengths share a batch (pipeline.batches)
     micro_batches: int = 1  # parts that a batch is computed in, to save memory
     average_decay: float = 0.0  # of the moving average of weights; 0: none
+    compute_dtype: str = "float32"  # or bfloat16; weights, softmax and loss stay in float32
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
@@ -66,13 +68,20 @@ class TrainingConfig:
             raise UserError(f"config.seed is {self.seed}, must be within 0 and 2**32 - 1")
         if not 0 <= self.average_decay < 1:
             raise UserError(f"config.average_decay is {self.average_decay}, must be within [0, 1)")
+        check_dtype(self.compute_dtype, "config.compute_dtype")
 
 
 class Load(Protocol):
     """`bench.load`, or `bench.outline`: shapes alone."""
 
     def __call__(
-        self, path: str, task: Task, *, seed: int = 0, shardings: Shardings | None = None
+        self,
+        path: str,
+        task: Task,
+        *,
+        compute_dtype: str,
+        seed: int = 0,
+        shardings: Shardings | None = None,
     ) -> Loaded: ...
 
 
@@ -249,7 +258,7 @@ def open_run(
     may_change = HARMLESS if config.optimizer.depends_on_steps else (*HARMLESS, "steps")
     opened = hosts.on_first(lambda: Workdir(workdir, experiment, config, may_change=may_change))
     description = {
-        "model": dataclasses.asdict(trained.model.config),
+        "model": trained.model.config.as_stored(),
         "vocabulary_fingerprint": task.vocabulary.fingerprint,
         "optimizer": dataclasses.asdict(config.optimizer),
         "experiment": experiment,

@@ -1,8 +1,10 @@
-"""The distillation step as two programs with a clock between them, to see where the time goes."""
+"""The distillation step as programs with a clock between them, to see where the time goes."""
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,15 +18,17 @@ from distillspec_jax.distill.step import (
     make_rollout,
     make_update,
 )
-from distillspec_jax.models.transformer import Transformer
+from distillspec_jax.models.transformer import Transformer, hidden_states
 
 
 class PhasedStep:
-    """`distill.step.make_distill_step` with `rollout_seconds` and `update_seconds` in its metrics.
+    """`distill.step.make_distill_step` with the seconds of its phases in its metrics.
 
-    The numbers learnt are the same. The host waits for each half, so a step takes a little longer
-    than the one program of which nothing can be timed inside. Scoring belongs to the update, that
-    of the target to the rollout where the recipe keeps its states (`teacher_gamma`).
+    `rollout_seconds`, `score_seconds` and `update_seconds`. The numbers learnt are the same. The
+    host waits for each phase, so a step takes a little longer than the one program of which
+    nothing can be timed inside. Scoring is the target's pass over the text, up to its states; its
+    logits, made where the loss reads them, belong to the update, as does the draft's own pass.
+    It is no phase for likelihood, nor where the rollout keeps the states (`teacher_gamma`).
     """
 
     def __init__(
@@ -41,6 +45,8 @@ class PhasedStep:
     ) -> None:
         parts: dict[str, Any] = {"chunk": chunk, "micro_batches": micro_batches}
         self._rollout = jax.jit(make_rollout(draft, target, recipe, rollout_length=rollout_length))
+        self._score = jax.jit(functools.partial(hidden_states, target))
+        self._needs_score = recipe.needs_target_scores and not recipe.keeps_target_hidden
         self._update = jitted(
             make_update(draft, target, recipe, optimizer, **parts), state_shardings
         )
@@ -57,15 +63,19 @@ class PhasedStep:
 
     def __call__(self, state: Any, target_params: Any, batch: Any, *reference: Any) -> Any:
         """(state, target_params, batch[, reference]) -> (state, metrics)."""
-        begin = time.perf_counter()
-        batch, written = jax.block_until_ready(self._rollout(state, target_params, batch))
-        middle = time.perf_counter()
-        state, metrics = jax.block_until_ready(
-            self._update(state, target_params, batch, *reference)
-        )
-        seconds = {
-            "rollout_seconds": middle - begin,
-            "update_seconds": time.perf_counter() - middle,
-        }
-        clock = {name: (jnp.float32(each), jnp.ones(())) for name, each in seconds.items()}
+        clock: dict[str, tuple[jax.Array, jax.Array]] = {}
+
+        def timed(name: str, phase: Callable[..., Any], *arguments: Any) -> Any:
+            begin = time.perf_counter()
+            result = jax.block_until_ready(phase(*arguments))
+            seconds = time.perf_counter() - begin
+            clock[f"{name}_seconds"] = jnp.float32(seconds), jnp.ones(())
+            return result
+
+        batch, written = timed("rollout", self._rollout, state, target_params, batch)
+        if self._needs_score:
+            text = batch.inputs, batch.targets
+            hidden = timed("score", self._score, target_params, *text)
+            batch = batch.replace(target_hidden=hidden)
+        state, metrics = timed("update", self._update, state, target_params, batch, *reference)
         return state, {**metrics, **written, **clock}

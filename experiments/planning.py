@@ -2,7 +2,8 @@
 
 Nothing is allocated: parameters are shapes with shardings, the step is compiled for a mesh of
 virtual CPU devices, and the compiler says what it needs. It is the CPU's compiler: an accelerator
-fuses more and holds bfloat16 as it is, so its temporaries are as a rule smaller.
+fuses more and holds bfloat16 as it is, where a CPU makes float32 copies, so its temporaries are as
+a rule smaller.
 """
 
 from __future__ import annotations
@@ -191,7 +192,12 @@ def introduce(name: str, models: Mapping[str, bench.Loaded]) -> None:
     """Says what is planned, and how large its models are."""
     print(f"plan of {name}, nothing is allocated")
     for role, loaded in models.items():
-        print(f"  {role}: {loaded.path}, {loaded.num_parameters:,} parameters")
+        about = f"{loaded.num_parameters:,} parameters, computes in {loaded.model.config.dtype}"
+        print(f"  {role}: {loaded.path}, {about}")
+    if "bfloat16" in {loaded.model.config.dtype for loaded in models.values()}:
+        print(
+            "  the CPU's compiler copies bfloat16 to float32: an accelerator holds less than this"
+        )
 
 
 def _say(plan: Plan, seconds: float) -> None:
@@ -226,10 +232,12 @@ def advice(plan: Plan, config: parts.TrainingConfig) -> str:
     running = plan.temporary + plan.output
     largest = max(plan.optimizer, plan.parameters, plan.frozen, running)
     if largest == running:
-        tensor = "a larger config.mesh.tensor"
+        tensor, dtype = "a larger config.mesh.tensor", narrower(config.compute_dtype)
         if getattr(config, "loss_chunk", 1) == 0:
-            return f"set config.loss_chunk (logits are large), config.micro_batches or {tensor}"
-        return f"raise config.micro_batches, or take {tensor} or more devices of config.mesh.data"
+            options = "config.loss_chunk (logits are large), config.micro_batches"
+            return f"set {options} or {tensor}{dtype}"
+        more = f"{tensor} or more devices of config.mesh.data"
+        return f"raise config.micro_batches, or take {more}{dtype}"
     if largest == plan.frozen:
         return "split the target over more devices: a larger config.mesh.fsdp or config.mesh.tensor"
     layout = "draft_layout" if hasattr(config, "draft_layout") else "model_layout"
@@ -238,3 +246,10 @@ def advice(plan: Plan, config: parts.TrainingConfig) -> str:
     if largest == plan.optimizer and config.optimizer.name != "adafactor":
         return "take config.optimizer.name 'adafactor', or a larger config.mesh.fsdp"
     return "take a larger config.mesh.fsdp"
+
+
+def narrower(dtype: str) -> str:
+    """The end of an advice about what is computed, unless it is in the narrow dtype already."""
+    if dtype == "bfloat16":
+        return ""
+    return "; config.compute_dtype 'bfloat16' makes it smaller on an accelerator"

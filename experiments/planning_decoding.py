@@ -7,6 +7,7 @@ of them decides. Slots are planned as one batch: they hold what as many rows of 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ from experiments.planning import (
     judge,
     make_virtual_devices,
     memory_of,
+    narrower,
 )
 
 if TYPE_CHECKING:
@@ -114,6 +116,11 @@ class Outline:
     copies: int = 0
 
     @property
+    def dtype(self) -> str:
+        """What all of them compute in."""
+        return next(iter(self.models.values())).model.config.dtype
+
+    @property
     def weights(self) -> int:
         return self.copies + sum(bytes_of(loaded.params) for loaded in self.models.values())
 
@@ -143,7 +150,8 @@ def planner(outline_of: Callable[[Any], Outline]) -> Callable[[Any, float | None
         _say(needs, time.perf_counter() - start)
         largest = max(needs, key=lambda need: need.total)
         print(f"the device holds up to {largest.total / GIB:.3f} GiB: {largest.program.name}")
-        return judge(largest.total, memory_gib, lambda: advice(largest, memory_gib or 0))
+        helping = functools.partial(advice, largest, memory_gib or 0, found.dtype)
+        return judge(largest.total, memory_gib, helping)
 
     return plan
 
@@ -153,7 +161,7 @@ def need_of(program: Program, weights: int) -> Need:
     return Need(program, weights, sum(memory_of(compile_quickly(program.lowered))))
 
 
-def advice(need: Need, memory_gib: float) -> str:
+def advice(need: Need, memory_gib: float, dtype: str) -> str:
     """Which option shrinks what does not fit."""
     program = need.program
     if need.weights >= memory_gib * GIB:
@@ -164,13 +172,13 @@ def advice(need: Need, memory_gib: float) -> str:
     if program.trained > need.running and program.optimizer:
         return f"take {program.optimizer} 'adafactor'"
     *options, last = program.call.options[0 if program.call.rows > 1 else 1 :]
-    return f"lower {', '.join(options)} or {last}"
+    return f"lower {', '.join(options)} or {last}{narrower(dtype)}"
 
 
 def of_generate(config: GenerateConfig) -> Outline:
     """The target writes alone, a file of texts at a time."""
     task = load_task(config.task)
-    target = outline(config.target, task)
+    target = outline(config.target, task, compute_dtype=config.compute_dtype)
     call = Call(
         min(config.batch_size, config.shard_size),
         task.input_length,
@@ -199,10 +207,11 @@ def of_evaluate(config: EvaluateConfig) -> Outline:
     """Every kind of decoding and scoring, at the largest temperature, gamma and timed batch."""
     bench = _bench(config)
     lengths = "config.max_new_tokens", "config.task.input_length"
-    sizes = {"config.batch_size": min(config.batch_size, config.num_prompts)}
+    is_tuned = config.tune and config.has_whole_blocks
+    prompts = max(config.num_prompts, config.num_tuning_prompts if is_tuned else 0)
+    sizes = {"config.batch_size": min(config.batch_size, prompts)}
     if config.timed_prompts:
         sizes["config.timed_batch_sizes"] = max(config.timed_batch_sizes)
-    is_tuned = config.tune and config.has_whole_blocks
     gamma = max((*config.gammas, *(config.gamma_grid if is_tuned else ())))
     temperature = max(config.temperatures)
     programs = []
@@ -214,7 +223,8 @@ def of_evaluate(config: EvaluateConfig) -> Outline:
             models = bench.target, draft.loaded
             programs.append(_drafted(bench.speculation(draft, setting), *models, call))
             if option == "config.batch_size":
-                programs.append(_scored(*models, call, bench.sampling(temperature)))
+                sampling = bench.sampling(temperature), bench.draft_sampling(temperature)
+                programs.append(_scored(*models, call, *sampling))
     return Outline("evaluate", bench.models, programs)
 
 
@@ -222,7 +232,10 @@ def of_sweep(config: SweepConfig) -> Outline:
     """Who writes, what is learnt by each loss, and the real decoder."""
     task = load_task(config.task)
     check_meeting(config.target, config.draft)
-    target, draft = outline(config.target, task), outline(config.draft, task)
+    target, draft = (
+        outline(path, task, compute_dtype=config.compute_dtype)
+        for path in (config.target, config.draft)
+    )
     programs = [
         *_training(config, task, target, draft),
         _tried_out(config, task, target, draft),
@@ -314,11 +327,13 @@ def _drafted(speculation: Speculation, target: Loaded, draft: Loaded, call: Call
     return Program(f"drafted by {draft.path}, gamma {speculation.gamma}", lowered, call, caches)
 
 
-def _scored(target: Loaded, draft: Loaded, call: Call, sampling: Sampling) -> Program:
+def _scored(
+    target: Loaded, draft: Loaded, call: Call, sampling: Sampling, draft_sampling: Sampling
+) -> Program:
     """Texts of the target scored by both models."""
     models = target.model, target.params, draft.model, draft.params
     texts = call.inputs, call.texts, call.per_row
-    lowered = acceptance.score_texts.lower(*models, *texts, sampling, sampling)
+    lowered = acceptance.score_texts.lower(*models, *texts, sampling, draft_sampling)
     return Program(f"texts scored by {draft.path}", lowered, call)
 
 
@@ -326,9 +341,10 @@ def _bench(config: EvaluateConfig) -> Bench:
     """What `open_bench` opens, outlined and without prompts."""
     task = load_task(config.task)
     check_meeting(config.target, *(draft.path for draft in config.drafts))
-    drafts = [Draft(draft, outline(draft.path, task)) for draft in config.drafts]
+    outlined = functools.partial(outline, task=task, compute_dtype=config.compute_dtype)
+    drafts = [Draft(draft, outlined(draft.path)) for draft in config.drafts]
     nothing = Prompts(np.empty((0, task.input_length), np.int32), np.empty(0, np.int32), [])
-    return Bench(config, task, outline(config.target, task), drafts, nothing, None)
+    return Bench(config, task, outlined(config.target), drafts, nothing, None)
 
 
 def _of_each_shape(drafts: Sequence[Draft]) -> list[Draft]:

@@ -17,7 +17,7 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from distillspec_jax import zoo
 from distillspec_jax.data.tasks import Task, TaskConfig, load_task
 from distillspec_jax.distill.recipes import LIKELIHOOD
 from distillspec_jax.errors import UserError, unknown_name
+from distillspec_jax.models.config import check_dtype
 from distillspec_jax.models.fingerprint import fingerprint
 from distillspec_jax.models.transformer import Params
 from distillspec_jax.progress import Progress
@@ -35,8 +36,8 @@ from distillspec_jax.training.optimizers import OptimizerConfig
 from experiments import cell_tables, door, planning_decoding
 from experiments.bench import Loaded, check_meeting, load
 from experiments.cells import CONTROL, SOURCES, Cell, Trainer, slug
-from experiments.watching import DecoderConfig, make_counts
-from experiments.workdir import Workdir, environment, write_json, write_json_lines
+from experiments.watching import LOW_EOS_RATE, DecoderConfig, make_counts
+from experiments.workdir import Workdir, environment, write_json, write_json_lines, write_text
 
 DIMENSIONS = ("divergences", "sources", "train_splits", "steps", "seeds")
 
@@ -65,6 +66,7 @@ class SweepConfig:
     beta: float = 0.5  # of jsd
     batch_size: int = 16
     rollout_length: int = 0  # limit of samples; 0: the task's target length
+    compute_dtype: str = "float32"  # or bfloat16; weights, softmax and loss stay in float32
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     finetune: FinetuneStage = dataclasses.field(default_factory=FinetuneStage)
     split: str = "test"  # whose prompts are decoded
@@ -82,6 +84,7 @@ class SweepConfig:
         for field, least in (("batch_size", 1), ("rollout_length", 0)):
             if getattr(self, field) < least:
                 raise UserError(f"config.{field} is {getattr(self, field)}, must be >= {least}")
+        check_dtype(self.compute_dtype, "config.compute_dtype")
         if min(self.steps) < 1 or self.finetune.steps < 0:
             raise UserError("config.steps must be at least 1, config.finetune.steps at least 0")
         for cell in self.cells:
@@ -110,7 +113,9 @@ def main(config: SweepConfig, workdir: Path) -> None:
         if not task.examples(split)[0].target:
             raise UserError(f"the split '{split}' has no references: the control needs them")
     check_meeting(config.target, config.draft)
-    target, draft = load(config.target, task), load(config.draft, task, seed=config.finetune.seed)
+    dtype = config.compute_dtype
+    target = load(config.target, task, compute_dtype=dtype)
+    draft = load(config.draft, task, compute_dtype=dtype, seed=config.finetune.seed)
     with Workdir(workdir, "sweep", config, may_change=DIMENSIONS) as run:
         sweep = _Sweep(config, task, target, draft, run.path)
         _announce(config, task, target, draft, sweep)
@@ -118,7 +123,7 @@ def main(config: SweepConfig, workdir: Path) -> None:
         results = cell_tables.Results(config.decoder, task, measured)
         rows = results.rows()
         write_json_lines(run.path / "metrics.jsonl", results.records())
-        (run.path / "table.md").write_text(cell_tables.markdown(rows), "utf-8")
+        write_text(run.path / "table.md", cell_tables.markdown(rows))
         run.write_summary(cell_tables.summary(rows, config.decoder), seed=config.seeds[0])
         print(cell_tables.markdown(rows))
         print(f"files: {run.path} (summary.json, table.md, metrics.jsonl, cells)")
@@ -205,7 +210,8 @@ class _Sweep:
             f"{np.sum(emitted) / np.sum(calls):.3f} at T = {temperature}"
             for temperature, (emitted, calls, *_) in figures["counts"].items()
         ]
-        return f"{cell.key}: block efficiency {', '.join(taus)} ({figures['train_seconds']:.0f} s)"
+        line = f"{cell.key}: block efficiency {', '.join(taus)} ({figures['train_seconds']:.0f} s)"
+        return line + _few_ends(figures.get("means", {}))
 
     def _start(self, split: str) -> Params:
         """The draft before, fine-tuned on this part of the data if the config asks for it."""
@@ -237,6 +243,17 @@ class _Sweep:
             return None
         about = {**dataclasses.asdict(cell), "models": self._models}
         return kept if about.items() <= kept.items() else None
+
+
+def _few_ends(means: Mapping[str, float]) -> str:
+    """What the line of a cell ends with if most of the texts written for it did not end."""
+    rate = means.get("eos_rate", 1.0)
+    if rate >= LOW_EOS_RATE:
+        return ""
+    return (
+        f"; warning: only {rate:.0%} of its samples ended by themselves; raise "
+        "config.rollout_length or fine-tune the model that writes them"
+    )
 
 
 def _announce(

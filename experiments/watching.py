@@ -21,6 +21,7 @@ from distillspec_jax.evaluation.quality import quality
 from distillspec_jax.models.transformer import Transformer
 from experiments.bench import Loaded
 
+LOW_EOS_RATE = 0.5  # below it most texts are cut by the limit, and little is learnt of the end
 MEAN = "block_efficiency_mean"  # over the temperatures: what the best draft is chosen by
 
 Place = Callable[[Batch], Batch]

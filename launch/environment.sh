@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the scripts beside it: finds a Python, makes the environment, installs once.
 #
-#   make_environment EXTRA [VERSION]   EXTRA is '', dev or dev,peers; VERSION is 3.11 or 3.12
+#   make_environment EXTRA [VERSION]   EXTRA is '', dev or dev,peers,cuda; VERSION is 3.11 or 3.12
 #
 # sets $python. The environment is $DISTILLSPEC_VENV, or .venv in the project (.venv-VERSION where
 # a version was asked for); it is installed into again only when setup.py or the Python changed.

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Runs every check of the project: ruff, mypy, pytest. Makes the environment first.
 #
-#   bash launch/test.sh [--slow] [--peers] [--python 3.11|3.12] [pytest arguments]
+#   bash launch/test.sh [--slow] [--peers] [--gpu] [--python 3.11|3.12] [pytest arguments]
 #
 #   --slow    also the long checks
 #   --peers   also the checks against torch, transformers and trl (installs them)
+#   --gpu     of the tests those for a GPU alone, on this machine's (installs JAX for CUDA)
 #   --python  the version to test with, in an environment of its own
 #
 # Two workers share the suite, file by file; `-n 0` in the arguments runs it in one process.
@@ -15,13 +16,18 @@ source launch/environment.sh
 extra=dev version='' arguments=()
 while [ $# -gt 0 ]; do
   case "$1" in
-    --peers) extra=dev,peers ;;
+    --peers) extra+=,peers ;;
+    --gpu)
+      extra+=,cuda
+      export JAX_PLATFORMS=cuda,cpu
+      arguments+=(-n 0 -m gpu) # one process: each takes most of the GPU's memory
+      ;;
     --python)
       version=${2:?--python needs a version}
       shift
       ;;
     -h | --help)
-      sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+      sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
       exit 0
       ;;
     *) arguments+=("$1") ;;

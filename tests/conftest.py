@@ -28,6 +28,8 @@ def pytest_collection_modifyitems(config, items):
     skips = {}
     if not config.getoption("--slow"):
         skips["slow"] = "a long check: run with --slow"
+        if jax.default_backend() != "gpu":
+            skips["gpu"] = "needs a GPU and JAX_PLATFORMS=cuda,cpu; --slow takes the CPU instead"
     if absent:
         skips["peers"] = f"needs {' and '.join(absent)}: pip install -e .[peers]"
     for item in items:
@@ -41,6 +43,17 @@ def _forget_compiled_code():
     past that XLA dies of a segmentation fault in the middle of a compilation."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def device():
+    """The first device of the default backend, for the checks marked `gpu`.
+
+    There float32 products are asked for in full: a GPU otherwise rounds what they read to TF32.
+    """
+    chosen = jax.devices()[0]
+    with jax.default_matmul_precision("highest"), jax.default_device(chosen):
+        yield chosen
 
 
 @pytest.fixture(scope="session")

@@ -59,6 +59,14 @@ class TaskConfig:
     metric: str = ""
     teacher_data: str = ""
 
+    def __post_init__(self) -> None:
+        for field in ("input_length", "target_length"):
+            length = getattr(self, field)
+            if length < 0:
+                raise UserError(
+                    f"task.{field} is {length}, must be at least 1, or 0 for the task's own"
+                )
+
 
 @dataclasses.dataclass(frozen=True)
 class _DataSet:

@@ -21,6 +21,7 @@ from distillspec_jax.data.examples import EncodedExample, Examples
 from distillspec_jax.errors import UserError
 
 SUFFIX = ".array_record"
+_DAMAGE = (ValueError, TypeError, IndexError, RuntimeError)  # what a bad file makes readers raise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ def write_shard(
 
 
 def is_written(folder: Path, settings: Settings, shard: int) -> bool:
-    """Whether a shard is there; raises UserError if it is not of these settings."""
+    """Whether a shard is there; UserError if it is damaged or not of these settings."""
     path = settings.path(folder, shard)
     if not path.exists():
         return False
@@ -105,7 +106,7 @@ class WrittenTexts(Examples):
     def __init__(self, folder: str | Path) -> None:
         """Opens every shard.
 
-        Raises UserError for a folder without texts, with some missing, or with some that were made
+        Raises UserError for a folder without texts, with some missing, damaged, or made
         differently.
         """
         self.folder = Path(folder)
@@ -143,8 +144,11 @@ class WrittenTexts(Examples):
         found = []
         for index in indices:
             shard, row = divmod(index, self.settings.shard_size)
-            [record] = self._readers[shard].read([1 + row])
-            found.append(EncodedExample(**json.loads(record)))
+            try:
+                [record] = self._readers[shard].read([1 + row])
+                found.append(EncodedExample(**json.loads(record)))
+            except _DAMAGE as error:
+                raise _damaged(self.settings.path(self.folder, shard), error) from None
         return found
 
     def where(self, index: int) -> str:
@@ -157,7 +161,15 @@ def _reader(path: Path) -> ArrayRecordReader:
 
 
 def _read_settings(path: Path) -> Settings:
+    """Reads all of a file of texts, so that its checksums are compared."""
     try:
-        return Settings(**json.loads(_reader(path).read([0])[0]))
-    except (ValueError, TypeError, IndexError, RuntimeError) as error:
-        raise UserError(f"{path} is no file of texts, or broken: {error}") from None
+        return Settings(**json.loads(_reader(path).read_all()[0]))
+    except _DAMAGE as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path} is no file of texts, or broken ({str(error)[:200]}); remove it and start "
+        "experiments.generate again to write it anew"
+    )

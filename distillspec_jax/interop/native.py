@@ -63,7 +63,7 @@ def save(
     )
     with new_folder(Path(folder)) as temporary:
         safetensors_files.write(temporary / WEIGHTS, infos, arrays, {"format": FORMAT})
-        config = {"format": FORMAT, "version": VERSION, "model": dataclasses.asdict(model.config)}
+        config = {"format": FORMAT, "version": VERSION, "model": model.config.as_stored()}
         write_json(temporary / "config.json", config)
         card = dict(card) | {"distillspec_jax_version": distillspec_jax.__version__}
         write_json(temporary / "card.json", card)

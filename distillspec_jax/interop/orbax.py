@@ -6,7 +6,6 @@ folder written here is loaded like a run's, but has no training to go on with.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -88,7 +87,7 @@ def save(
     stored = {
         "step": 0,
         **description,
-        "model": dataclasses.asdict(model.config),
+        "model": model.config.as_stored(),
         "best": True,
         "format": FORMAT,
         "versions": {"distillspec_jax": distillspec_jax.__version__, "jax": jax.__version__},

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from distillspec_jax.errors import UserError, unknown_name
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu")
+DTYPES = ("float32", "bfloat16")  # of compute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
             raise unknown_name("activation", self.activation, ACTIVATIONS, f"model '{self.name}'")
+        check_dtype(self.dtype, f"model '{self.name}'")
         sizes = ("vocab_size", "d_model", "num_heads", "head_dim", "d_ff", "num_decoder_layers")
         for field in sizes:
             if getattr(self, field) < 1:
@@ -57,6 +60,10 @@ class ModelConfig:
         if self.scale_logits is None:
             object.__setattr__(self, "scale_logits", self.tie_embeddings)
 
+    def as_stored(self) -> dict[str, Any]:
+        """The fields that go with weights: what one run computed in is no property of them."""
+        return dataclasses.asdict(dataclasses.replace(self, dtype="float32"))
+
     @property
     def is_encoder_decoder(self) -> bool:
         return self.num_encoder_layers > 0
@@ -68,3 +75,9 @@ class ModelConfig:
         if self.is_encoder_decoder:  # decoder-only models start from their prompt
             ids["decoder_start_id"] = self.decoder_start_id
         return ids
+
+
+def check_dtype(dtype: str, where: str) -> None:
+    """Refuses a dtype that no model computes in."""
+    if dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, DTYPES, where)

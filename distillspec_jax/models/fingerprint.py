@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 
@@ -14,14 +13,16 @@ from distillspec_jax.models.transformer import Params, Transformer
 
 
 def fingerprint(model: Transformer, params: Params) -> str:
-    """Hex sha256 of a model's shape and of checksums of its parameters; its name counts not.
+    """Hex sha256 of a model's shape and of checksums of its parameters.
+
+    Neither its name counts nor the dtype that it computes in.
 
     The checksums are sums of integers modulo 2^32, on the devices where the parameters are: exact,
     whatever the sharding.
     """
     digest = hashlib.sha256()
-    config = dataclasses.replace(model.config, name="")
-    digest.update(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
+    shape = model.config.as_stored() | {"name": ""}
+    digest.update(json.dumps(shape, sort_keys=True).encode())
     sums = jax.device_get(_checksums(params))
     for (path, leaf), pair in zip(jax.tree_util.tree_leaves_with_path(params), sums, strict=True):
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape} {pair}".encode())

@@ -263,7 +263,8 @@ def start(
     """Reads the source or the prompt; returns a cache and the first token to feed [B].
 
     `limit` is the number of positions that decoding may write. An encoder-decoder begins with
-    length 0 and its start token; a decoder-only model with the prompt but for its last token.
+    length 0 and its start token; a decoder-only model with the prompt but for its last token. The
+    cache has room for the prompt and the limit, so no prompt is too long for an answer.
     """
     c = model.config
     batch_size, source = inputs.shape

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from distillspec_jax.decoding.autoregressive import generate
@@ -61,16 +62,29 @@ def named(row: Row, key: str, name: str) -> Row:
 
 
 class Memory:
-    """A block of memory that all cores read at once, to learn how fast that can be."""
+    """A block of the memory that holds the weights, to learn how fast it can be read.
+
+    A CPU's is read by all cores at once, a device's by a compiled reduction.
+    """
 
     def __init__(self, megabytes: int) -> None:
-        cores = len(os.sched_getaffinity(0))
-        self._parts = np.array_split(np.ones(megabytes * 2**18, np.float32), cores)
-        self._pool = concurrent.futures.ThreadPoolExecutor(cores)
-        self.bytes = megabytes * 2**20
+        block = np.ones(megabytes * 2**18, np.float32)
+        self.bytes = block.nbytes
+        self.read: Callable[[], Any] = (
+            _reader_of_cores(block)
+            if jax.default_backend() == "cpu"
+            else functools.partial(_largest, jax.device_put(block))
+        )
 
-    def read(self) -> float:
-        return max(self._pool.map(np.max, self._parts))
+
+def _reader_of_cores(block: np.ndarray) -> Callable[[], float]:
+    cores = len(os.sched_getaffinity(0))
+    parts = np.array_split(block, cores)
+    pool = concurrent.futures.ThreadPoolExecutor(cores)
+    return lambda: max(pool.map(np.max, parts))
+
+
+_largest = jax.jit(jnp.max)
 
 
 def decoder_bytes(model: Transformer, params: Params) -> int:
@@ -84,7 +98,7 @@ def decoder_bytes(model: Transformer, params: Params) -> int:
     return layers + params["embedding" if model.config.tie_embeddings else "head"].nbytes
 
 
-def ratio(key: str, above: np.ndarray, below: np.ndarray | float) -> Row:
+def ratio(key: str, above: np.ndarray | float, below: np.ndarray | float) -> Row:
     """Median over rounds of above / below, [rounds] each, and its least and greatest value."""
     ratios = above / below
     return {

@@ -27,9 +27,10 @@ from distillspec_jax.models.presets import preset
 from distillspec_jax.models.transformer import Transformer, init_params
 from distillspec_jax.training.optimizers import OptimizerConfig, make_optimizer
 from distillspec_jax.training.state import TrainState
+from experiments.benchmarks.decode_plain import ratio
 
 PEERS = ("torch", "transformers", "trl")
-PARTS = ("trl", "trl_small", "torch", "chunked", "teacher")
+PARTS = ("trl", "trl_small", "torch", "chunked", "teacher", "utilisation")
 OPTIMIZER = OptimizerConfig(learning_rate=1e-4, weight_decay=0.01)  # AdamW, clipped at norm 1
 Row = dict[str, Any]
 Found = tuple[Row, list[Row]]
@@ -64,6 +65,9 @@ class Config:
     teacher_gamma: int = 3
     teacher_batch_sizes: tuple[int, ...] = (4, 16)  # the first gives the headline
     teacher_length: int = 56
+    utilisation: Pair = Pair(target="t5_base", draft="t5_small", input_length=64)
+    peak_teraflops: float = 0.0  # of the device; 0: what a product of large matrices reaches
+    product_size: int = 2048  # rows of those square matrices; an accelerator takes larger ones
 
     def __post_init__(self) -> None:
         for part in self.parts:
@@ -73,6 +77,10 @@ class Config:
             raise UserError(
                 "config.distill.rounds, .chunk, .micro_batches and .teacher_batch_sizes must be at "
                 "least 1"
+            )
+        if self.product_size < 1 or self.peak_teraflops < 0:
+            raise UserError(
+                "config.distill.product_size must be at least 1, .peak_teraflops not negative"
             )
 
 
@@ -230,12 +238,32 @@ def _stories(batch_size: int, seed: int) -> Batch:
     return jax.tree.map(jnp.asarray, next(batches))
 
 
+def _utilisation(config: Config, seed: int) -> Found:
+    """Operations that score and update do in a second, and their share of the device's peak."""
+    pair, size = config.utilisation, config.product_size
+    ours, matrix = _Ours(pair, recipes.named("supkd"), seed), jnp.ones((size, size))
+    calls: dict[str, Callable[[], Any]] = {
+        "update": ours.calls()["update"],
+        "product": functools.partial(jax.jit(jnp.matmul), matrix, matrix),
+    }
+    timings = side_by_side(calls, repeats=config.rounds, seed=seed)
+    rate, product = ours.flops() / timings["update"].seconds, timings["product"]
+    peak = 1e12 * config.peak_teraflops or 2 * size**3 / product.seconds
+    figures = {
+        **ratio("score_update_flops_per_second", rate, 1),
+        **ratio("score_update_utilisation", rate, peak),
+    }
+    update = _rows({"update": timings["update"]}, pair, pair.batch_size * pair.target_length)
+    return figures, [*update, {**_times("product", product), "product_size": size}]
+
+
 _MEASURES: Mapping[str, Callable[[Config, int], Found]] = {
     "trl": functools.partial(_beside_trl, part="trl", key="step_over_trl"),
     "trl_small": functools.partial(_beside_trl, part="trl_small", key="step_over_trl_small"),
     "torch": _beside_torch,
     "chunked": _chunked,
     "teacher": _teacher,
+    "utilisation": _utilisation,
 }
 
 
@@ -299,6 +327,14 @@ class _Ours:
     def _update(self) -> Any:
         """Score and update, compiled."""
         return self._lazy_update.lower(self._state, self._target_params, self.batch).compile()
+
+    def flops(self) -> float:
+        """Operations of score and update by the compiler's count; loop bodies count once.
+
+        Of the program for an accelerator: no compiler counts those of the CPU's own kernel.
+        """
+        traced = self._lazy_update.trace(self._state, self._target_params, self.batch)
+        return traced.lower(lowering_platforms=("cuda",)).cost_analysis()["flops"]
 
     def memory(self) -> Row:
         """The compiler's own account of score and update, in bytes."""

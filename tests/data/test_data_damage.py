@@ -6,10 +6,12 @@ import pytest
 
 from distillspec_jax.data.builders import base
 from distillspec_jax.data.builders.gsm8k import Gsm8k
-from distillspec_jax.data.examples import BuiltExamples
+from distillspec_jax.data.examples import BuiltExamples, EncodedExample
+from distillspec_jax.data.written import Settings, WrittenTexts, is_written, write_shard
 from distillspec_jax.errors import UserError
 
 COUNT = 53
+BROKEN = r"is no file of texts, or broken .*; remove it and start experiments\.generate again"
 
 
 @pytest.fixture
@@ -27,15 +29,20 @@ def prepared(tmp_path, monkeypatch):
     return file, read
 
 
+def flip(file, place):
+    """Changes the used byte at a part of the file; the rest is padding of zeros."""
+    data = bytearray(file.read_bytes())
+    used = [index for index, byte in enumerate(data) if byte]
+    data[used[int(place * len(used))]] ^= 0x55
+    file.write_bytes(data)
+
+
 @pytest.mark.parametrize("place", [0.2, 0.5, 0.8])
 def test_a_flipped_byte_is_told(prepared, place):
     file, read = prepared
     whole = read()
     assert len(whole) == COUNT
-    data = bytearray(file.read_bytes())
-    used = [index for index, byte in enumerate(data) if byte]  # the file is padded with zeros
-    data[used[int(place * len(used))]] ^= 0x55
-    file.write_bytes(data)
+    flip(file, place)
     with pytest.raises(UserError, match="gsm8k/train are damaged"):
         read()
 
@@ -43,5 +50,43 @@ def test_a_flipped_byte_is_told(prepared, place):
 def test_a_file_cut_short_is_told(prepared):
     file, read = prepared
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises((UserError, RuntimeError, ValueError)):
+    with pytest.raises(UserError, match="gsm8k/train are damaged"):
         read()
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """(Folder, settings) of texts in two files."""
+    settings = Settings("t", "there", "v", {}, {}, seed=0, prompts=7, examples=7, shard_size=4)
+    for shard in range(settings.shards):
+        rows = [EncodedExample([n, 2, 3], [n] * 9) for n in settings.rows(shard)]
+        write_shard(tmp_path, settings, shard, rows)
+    return tmp_path, settings
+
+
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.8])
+def test_a_flipped_byte_in_written_texts_is_told(texts, place):
+    folder, settings = texts
+    file = settings.path(folder, 1)
+    flip(file, place)
+    for read in (lambda: is_written(folder, settings, 1), lambda: WrittenTexts(folder)):
+        with pytest.raises(UserError, match=rf"{file.name} {BROKEN}"):
+            read()
+
+
+def test_a_byte_flipped_after_opening_is_told(texts):
+    folder, settings = texts
+    opened = WrittenTexts(folder)
+    file = settings.path(folder, 1)
+    flip(file, 0.5)  # in a text
+    with pytest.raises(UserError, match=rf"{file.name} {BROKEN}"):
+        opened.take(range(4, 7))
+    assert opened[3].target == [3] * 9
+
+
+def test_written_texts_cut_short_are_told(texts):
+    folder, settings = texts
+    file = settings.path(folder, 1)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError, match=rf"{file.name} {BROKEN}"):
+        is_written(folder, settings, 1)

@@ -1,5 +1,7 @@
 """Tasks: what a config resolves to, and what it is refused for."""
 
+import dataclasses
+
 import pytest
 
 from distillspec_jax.data.tasks import TaskConfig, load_task
@@ -32,6 +34,12 @@ def test_stories_are_the_default():
     example = task.examples("train")[int(batch.example_ids[1])]
     assert task.vocabulary.decode(batch.inputs[1]) == example.input
     assert task.vocabulary.decode(batch.targets[1]) == example.target
+
+
+@pytest.mark.parametrize("field", ["input_length", "target_length"])
+def test_lengths_below_1_are_refused(own, field):
+    with pytest.raises(UserError, match=rf"task.{field} is -1, must be at least 1, or 0 for the t"):
+        dataclasses.replace(own, **{field: -1})
 
 
 @pytest.mark.parametrize(

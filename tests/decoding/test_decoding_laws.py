@@ -5,6 +5,7 @@ acceptance thresholds and the edges of its next-token distribution are found by 
 uniforms, and what comes out is compared with the law of the target, text by text.
 """
 
+import collections
 import functools
 import itertools
 
@@ -13,23 +14,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distillspec_jax.decoding.block_length import FIXED, BlockLength, keeps_drafting
+from distillspec_jax.decoding.block_length import (
+    FIXED,
+    BlockLength,
+    first_allowance,
+    keeps_drafting,
+    next_allowance,
+)
 from distillspec_jax.decoding.lenience import KINDS, Lenience, relax
 from distillspec_jax.decoding.multi_draft import k_seq_rule, smallest_rho
 from distillspec_jax.decoding.sampling import Sampling, process
 from distillspec_jax.decoding.verification import block_rule, greedy_rule, token_rule
 
 EOS = 1
+PASS, FAIL = 0.0, 1e30  # uniforms of a test of K-SEQ
 NEVER_READ = np.nan  # what stands behind a row's draft
 
 
 class Tree:
-    """p and q after every prefix of up to gamma tokens over a tiny vocabulary."""
+    """p and q after every prefix of texts of `depth` tokens over a tiny vocabulary."""
 
-    def __init__(self, size, gamma, make):
-        """make(number of prefixes) -> p, q: [number of prefixes, size] each."""
-        self.size, self.gamma = size, gamma
-        lengths = range(gamma + 1)
+    def __init__(self, size, gamma, make, depth=0):
+        """make(number of prefixes) -> p, q: [number of prefixes, size] each; depth 0: one block."""
+        self.size, self.gamma, self.depth = size, gamma, depth or gamma + 1
+        lengths = range(self.depth)
         prefixes = [x for n in lengths for x in itertools.product(range(size), repeat=n)]
         self.index = {prefix: i for i, prefix in enumerate(prefixes)}
         self.ps, self.qs = make(len(prefixes))
@@ -41,49 +49,51 @@ class Tree:
         return self.qs[self.index[prefix]]
 
     def texts(self, prefix=()):
-        """Every text of gamma + 1 tokens, shorter where EOS ends it, that begins with `prefix`."""
-        if len(prefix) == self.gamma + 1 or (prefix and prefix[-1] == EOS):
+        """Every text of `depth` tokens, shorter where EOS ends it, that begins with `prefix`."""
+        if len(prefix) == self.depth or (prefix and prefix[-1] == EOS):
             yield prefix, 1.0
             return
         for token, probability in enumerate(self.p(prefix)):
             for text, rest in self.texts((*prefix, token)):
                 yield text, probability * rest
 
-    def blocks(self, block_length):
-        """Every block that the draft can write, with its probability."""
+    def blocks(self, block_length, before=(), allowance=None):
+        """Every block of up to `allowance` tokens that the draft can write behind `before`."""
         every_token = jnp.tile(jnp.arange(self.size), len(self.qs))
         keeps = keeps_drafting(
             block_length, jnp.asarray(self.qs.repeat(self.size, axis=0)), every_token
         )
         keeps = np.asarray(keeps).reshape(self.qs.shape)
+        most = self.gamma if allowance is None else allowance
 
-        def grow(prefix, probability):
-            stops = len(prefix) == self.gamma
-            if prefix:
-                stops |= prefix[-1] == EOS or not keeps[self.index[prefix[:-1]], prefix[-1]]
+        def grow(block, probability):
+            stops = len(block) == most
+            if block:
+                at = self.index[(*before, *block[:-1])]
+                stops |= block[-1] == EOS or not keeps[at, block[-1]]
             if stops:
-                yield prefix, probability
+                yield block, probability
                 return
-            for token, q in enumerate(self.q(prefix)):
+            for token, q in enumerate(self.q((*before, *block))):
                 if q > 0:
-                    yield from grow((*prefix, token), probability * q)
+                    yield from grow((*block, token), probability * q)
 
         return list(grow((), 1.0))
 
-    def arrays(self, blocks):
+    def arrays(self, blocks, before=()):
         """The arguments of a rule, one row per block; padded to a fixed number of rows."""
         rows, shape = self.size**self.gamma, (self.size**self.gamma, self.gamma)
         p = np.full((rows, self.gamma + 1, self.size), NEVER_READ)
         q = np.full((*shape, self.size), NEVER_READ)
         tokens, lengths = np.zeros(shape, np.int32), np.zeros(rows, np.int32)
-        p[:, 0], q[:, 0] = self.p(()), self.q(())
+        p[:, 0], q[:, 0] = self.p(before), self.q(before)
         for row, (block, _) in enumerate(blocks):
             lengths[row] = len(block)
             tokens[row, : len(block)] = block
             for i in range(len(block) + 1):
-                p[row, i] = self.p(block[:i])
+                p[row, i] = self.p((*before, *block[:i]))
             for i in range(len(block)):
-                q[row, i] = self.q(block[:i])
+                q[row, i] = self.q((*before, *block[:i]))
         return p, q, tokens, lengths
 
 
@@ -136,27 +146,65 @@ def anatomy(rule, p, q, tokens, lengths):
     return jax.vmap(outcome)(jnp.array(list(itertools.product([False, True], repeat=gamma))))
 
 
-def examine(rule, tree, block_length=FIXED, dtype=np.float64):
-    """(law of the emitted text completed by the target, expected accepted tokens per block)."""
-    blocks = tree.blocks(block_length)
+def ends(rule, tree, blocks, before=(), dtype=np.float64):
+    """Every end of a block behind `before`: (block, accepted, probability, next-token law)."""
     with jax.enable_x64(dtype == np.float64):
-        p, q, tokens, lengths = tree.arrays(blocks)
+        p, q, tokens, lengths = tree.arrays(blocks, before)
         found = anatomy(rule, p.astype(dtype), q.astype(dtype), tokens, lengths)
         weights, accepted, next_laws = (np.asarray(x, np.float64) for x in found)
-    law, expected = dict.fromkeys((text for text, _ in tree.texts()), 0.0), 0.0
     for outcome, (row, (block, drafted)) in itertools.product(
         range(len(weights)), enumerate(blocks)
     ):
-        weight, n = weights[outcome, row] * drafted, int(accepted[outcome, row])
+        n = int(accepted[outcome, row])
         assert n <= len(block)
+        yield block, n, weights[outcome, row] * drafted, next_laws[outcome, row]
+
+
+def examine(rule, tree, block_length=FIXED, dtype=np.float64):
+    """(law of the emitted text completed by the target, expected accepted tokens per block)."""
+    law, expected = dict.fromkeys((text for text, _ in tree.texts()), 0.0), 0.0
+    for block, n, weight, next_law in ends(rule, tree, tree.blocks(block_length), dtype=dtype):
         expected += weight * n
         if EOS in block[:n]:
             law[block[:n]] += weight
             continue
-        for token, probability in enumerate(next_laws[outcome, row]):
+        for token, probability in enumerate(next_law):
             for text, rest in tree.texts((*block[:n], token)):
                 law[text] += weight * probability * rest
     return law, expected
+
+
+def examine_schedule(rule, tree, block_length, num_blocks=2):
+    """Law of what `num_blocks` blocks emit, completed, and the allowances of the last block."""
+    start = int(first_allowance(block_length, tree.gamma, 1)[0])
+    states = {((), start): 1.0}  # (text, tokens that its next block may draft)
+    for _ in range(num_blocks):
+        allowances = {allowance for text, allowance in states if EOS not in text}
+        states = _one_block_on(rule, tree, block_length, states)
+    law = dict.fromkeys((text for text, _ in tree.texts()), 0.0)
+    for (text, _), probability in states.items():
+        for whole, rest in tree.texts(text):
+            law[whole] += probability * rest
+    return law, allowances
+
+
+def _one_block_on(rule, tree, block_length, states):
+    after = collections.defaultdict(float)
+    for (text, allowance), weight in states.items():
+        if EOS in text:
+            after[text, allowance] += weight
+            continue
+        blocks = tree.blocks(block_length, text, allowance)
+        for block, n, probability, next_law in ends(rule, tree, blocks, text):
+            whole = jnp.array([n == len(block)])
+            then = int(next_allowance(block_length, tree.gamma, jnp.array([allowance]), whole)[0])
+            emitted = (*text, *block[:n])
+            if EOS in emitted:
+                after[emitted, then] += weight * probability
+                continue
+            for token, share in enumerate(next_law):
+                after[(*emitted, token), then] += weight * probability * share
+    return after
 
 
 def largest_error(tree, law):
@@ -169,7 +217,7 @@ def random_laws(rng, count, size, zeros=0):
     return laws / laws.sum(axis=1, keepdims=True)
 
 
-def tree_of(kind, size, gamma, seed):
+def tree_of(kind, size, gamma, seed, depth=0):
     rng = np.random.default_rng([seed, size, gamma])
 
     def processed(count, sampling):
@@ -193,9 +241,10 @@ def tree_of(kind, size, gamma, seed):
             return p, processed(count, Sampling(1.3, top_p=0.8))
         raise ValueError(kind)
 
-    return Tree(size, gamma, make)
+    return Tree(size, gamma, make, depth)
 
 
+KINDS_OF_TREE = ("any", "zeros", "same", "disjoint", "greedy draft", "processed")
 RULES = {"token": token_rule, "block": block_rule}
 SHAPES = [(2, 3), (3, 2), (4, 3)]
 ADAPTIVE = [BlockLength(min_confidence=0.4), BlockLength(max_entropy=0.8)]
@@ -203,7 +252,7 @@ ADAPTIVE = [BlockLength(min_confidence=0.4), BlockLength(max_entropy=0.8)]
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("size", "gamma"), SHAPES)
-@pytest.mark.parametrize("kind", ["any", "zeros", "same", "disjoint", "greedy draft", "processed"])
+@pytest.mark.parametrize("kind", KINDS_OF_TREE)
 def test_output_law_is_the_targets(rule, kind, size, gamma):
     tree = tree_of(kind, size, gamma, seed=5)
     law, _ = examine(RULES[rule], tree)
@@ -212,13 +261,39 @@ def test_output_law_is_the_targets(rule, kind, size, gamma):
 
 
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("size", "gamma"), SHAPES)
+@pytest.mark.parametrize("kind", KINDS_OF_TREE)
 @pytest.mark.parametrize("block_length", ADAPTIVE, ids=["confidence", "entropy"])
-def test_blocks_stopped_by_the_draft_keep_the_law(rule, block_length):
-    tree = tree_of("any", 3, 3, seed=5)
-    lengths = {len(block) for block, _ in tree.blocks(block_length) if EOS not in block}
-    assert len(lengths) > 1  # the stopping rule does something
+def test_blocks_stopped_by_the_draft_keep_the_law(rule, kind, size, gamma, block_length):
+    tree = tree_of(kind, size, gamma, seed=5)
     law, _ = examine(RULES[rule], tree, block_length)
     assert largest_error(tree, law) < 1e-12
+    assert sum(law.values()) == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["any", "same", "processed"])
+@pytest.mark.parametrize("block_length", ADAPTIVE, ids=["confidence", "entropy"])
+def test_the_draft_stops_some_blocks_and_not_others(kind, block_length):
+    found = set()
+    for size, gamma in SHAPES:
+        blocks = tree_of(kind, size, gamma, seed=5).blocks(block_length)
+        found |= {len(block) < gamma for block, _ in blocks if EOS not in block}
+    assert found == {True, False}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("size", "gamma", "start"), [(2, 3, 2), (3, 2, 1)])
+@pytest.mark.parametrize("kind", KINDS_OF_TREE)
+def test_the_schedule_keeps_the_law_over_two_blocks(rule, kind, size, gamma, start):
+    """The second block's length depends on how the first ended; some stop early besides."""
+    tree = tree_of(kind, size, gamma, seed=5, depth=start + gamma + 2)
+    for confidence in (0.0, 0.4):
+        block_length = BlockLength(confidence, schedule_start=start)
+        law, allowances = examine_schedule(RULES[rule], tree, block_length)
+        if kind == "any":
+            assert allowances == {min(start + 2, gamma), max(start - 1, 1)}
+        assert largest_error(tree, law) < 1e-12
+        assert sum(law.values()) == pytest.approx(1, abs=1e-12)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -331,35 +406,39 @@ def test_rejection_without_residual_mass_falls_back_to_the_target(rule):
 def fork(i, p, q, tokens, lengths, uniforms, last):
     """K-SEQ at position i, all rejected behind it: thresholds [N, K], next-token law [N, V]."""
     rows, num_drafts, gamma = tokens.shape
+    size, tested = p.shape[-1], num_drafts if i < gamma else 0
+    drafted = tokens[:, :tested, min(i, gamma - 1)].T
 
-    def token(uniforms, u):
+    @jax.vmap
+    def emitted(uniforms, u):
         arguments = (p, q, tokens, lengths, uniforms, last.at[:, i].set(u))
         path, num_accepted, next_token = k_seq_rule(*arguments)
-        drafted = tokens[jnp.arange(rows), path, min(i, gamma - 1)]
-        return jnp.where(num_accepted > i, drafted, next_token)
+        followed = tokens[jnp.arange(rows), path]
+        token = jnp.where(num_accepted > i, followed[:, min(i, gamma - 1)], next_token)
+        return token, followed
 
     low, high = jnp.zeros(rows, p.dtype), jnp.full(rows, 1 - 1e-9, p.dtype)
 
-    def threshold(j):
-        def accepts(u):  # and does not depend on the draw that follows a rejection
-            tried = uniforms.at[:, j, i].set(u)
-            x = tokens[:, j, i]
-            return (token(tried, low) == x) & (token(tried, high) == x)
+    def outcomes(us):
+        """Whether each draft's token comes whatever is drawn behind it, and is that of law <= v."""
+        tried = [uniforms.at[:, j, i].set(us[j]) for j in range(tested)]
+        draws = jnp.stack([low] * tested + [high] * tested + list(us[tested:]))
+        token, followed = emitted(jnp.stack([*tried, *tried, *[uniforms] * (size - 1)]), draws)
+        comes = (token[:tested] == drafted) & (token[tested : 2 * tested] == drafted)
+        below = token[2 * tested :] <= jnp.arange(size - 1)[:, None]
+        return jnp.concatenate([comes, below]), followed[-1]
 
-        return bisect(accepts, (rows,), p.dtype)
-
-    edges = [
-        bisect(lambda u, v=v: token(uniforms, u) <= v, (rows,), p.dtype)
-        for v in range(p.shape[-1] - 1)
-    ]
-    law = jnp.diff(jnp.stack([low, *edges, low + 1], axis=1), axis=1)
-    h = [threshold(j) for j in range(num_drafts if i < gamma else 0)]
-    return jnp.stack(h, axis=1) if h else jnp.zeros((rows, 0), p.dtype), law
+    us = bisect(lambda us: outcomes(us)[0], (tested + size - 1, rows), p.dtype)
+    law = jnp.diff(jnp.stack([low, *us[tested:], low + 1]), axis=0).T
+    # of a draft that has left the text the token may come as the only correction
+    comes, followed = outcomes(jnp.full_like(us, FAIL))
+    has_left = jnp.any(tokens[:, :tested, :i] != followed[:, None, :i], axis=2)
+    return jnp.where(has_left & comes[:tested].T, 0, us[:tested].T), law
 
 
-def examine_k_seq(tree, num_drafts):
+def examine_k_seq(tree, num_drafts, block_length=FIXED):
     """The same as `examine`, by following every outcome of every position."""
-    blocks = tree.blocks(FIXED)
+    blocks = tree.blocks(block_length)
     combinations = list(itertools.product(enumerate(blocks), repeat=num_drafts))
     chosen = [[row for row, _ in drafts] for drafts in combinations]
     weights = [np.prod([drafted for _, (_, drafted) in drafts]) for drafts in combinations]
@@ -368,15 +447,14 @@ def examine_k_seq(tree, num_drafts):
     missing = most**num_drafts - len(chosen)  # one shape for all trees of a size
     chosen, weights = np.array(chosen + chosen[:1] * missing), np.array(weights + [0.0] * missing)
     p, q, tokens, lengths = (array[chosen] for array in tree.arrays(blocks))
-    pass_all, fail_all = 0.0, 1e30
-    uniforms = np.full(tokens.shape, fail_all)
+    uniforms = np.full(tokens.shape, FAIL)
     last = np.zeros((len(weights), tree.gamma + 1))
     for i in range(tree.gamma + 1):
         h, law = (np.asarray(x) for x in fork(i, p, q, tokens, lengths, uniforms, last))
         branches, rejected = [], np.ones(len(weights))
         for j in range(h.shape[1]):
             accept = uniforms.copy()
-            accept[:, j, i] = pass_all
+            accept[:, j, i] = PASS
             branches.append((rejected * h[:, j], accept, last))
             rejected = rejected * (1 - h[:, j])
         middles = np.cumsum(law, axis=1) - law / 2
@@ -392,23 +470,47 @@ def examine_k_seq(tree, num_drafts):
         )
     outcome = jax.jit(k_seq_rule)(p, q, tokens, lengths, uniforms, last)
     law, expected = dict.fromkeys((text for text, _ in tree.texts()), 0.0), 0.0
-    for row, (path, n, token) in enumerate(zip(*map(np.asarray, outcome), strict=True)):
+    outcome = [np.asarray(each) for each in outcome]
+    for row in np.flatnonzero(weights):
+        path, n, token = (each[row] for each in outcome)
         text = tuple(tokens[row, path, :n].tolist())
         expected += weights[row] * n
-        ends = [(text, 1.0)] if EOS in text else tree.texts((*text, int(token)))
-        for whole, rest in ends:
+        wholes = [(text, 1.0)] if EOS in text else tree.texts((*text, int(token)))
+        for whole, rest in wholes:
             law[whole] += weights[row] * rest
     return law, expected
 
 
-@pytest.mark.parametrize("kind", ["any", "zeros", "same", "disjoint", "processed"])
-@pytest.mark.parametrize(("size", "gamma", "num_drafts"), [(3, 2, 2), (2, 2, 3)])
+@pytest.mark.parametrize(
+    ("kind", "size", "gamma", "num_drafts"),
+    [
+        *((kind, *sizes) for kind in KINDS_OF_TREE for sizes in ((3, 2, 2), (2, 2, 3))),
+        ("processed", 4, 2, 2),
+        *(
+            pytest.param(kind, *sizes, marks=pytest.mark.slow)
+            for kind in KINDS_OF_TREE
+            for sizes in ((4, 2, 2), (2, 3, 2))
+            if (kind, *sizes) != ("processed", 4, 2, 2)
+        ),
+    ],
+)
 def test_several_drafts_keep_the_law_and_accept_more(kind, size, gamma, num_drafts):
     tree = tree_of(kind, size, gamma, seed=31)
     with jax.enable_x64(True):
         law, expected = examine_k_seq(tree, num_drafts)
     assert largest_error(tree, law) < 1e-7  # rho is bisected to 2^-30
     assert expected > examine(token_rule, tree)[1] - 1e-9
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_TREE)
+@pytest.mark.parametrize("block_length", ADAPTIVE, ids=["confidence", "entropy"])
+@pytest.mark.parametrize(("size", "gamma", "num_drafts"), [(3, 2, 2), (2, 2, 3)])
+def test_several_drafts_stopped_early_keep_the_law(kind, block_length, size, gamma, num_drafts):
+    tree = tree_of(kind, size, gamma, seed=31)
+    with jax.enable_x64(True):
+        law, _ = examine_k_seq(tree, num_drafts, block_length)
+    assert largest_error(tree, law) < 1e-7
+    assert sum(law.values()) == pytest.approx(1, abs=1e-7)
 
 
 def test_one_draft_of_k_seq_is_token_verification():

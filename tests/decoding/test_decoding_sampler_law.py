@@ -107,6 +107,14 @@ def test_several_drafts(pairs):
     assert several.statistics.accepted.sum() > single.statistics.accepted.sum()
 
 
+def test_several_drafts_of_adaptive_blocks(pairs):
+    pair, block_length = pairs["decoder-only"], BlockLength(min_confidence=0.3, schedule_start=1)
+    out = speculate(pair, gamma=2, num_drafts=2, block_length=block_length)
+    drafted, calls = out.statistics.drafted.sum(), out.statistics.target_calls.sum()
+    assert 1 < drafted / calls < 1.8
+    check(pair, STANDARD, out.tokens)
+
+
 def test_the_test_sees_a_lossy_law(pairs):
     pair = pairs["encoder-decoder"]
     out = speculate(pair, gamma=2, lenience=Lenience("linear", 0.8))

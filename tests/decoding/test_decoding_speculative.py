@@ -63,6 +63,19 @@ def test_greedy_output_is_plain_greedy_output(pairs, prompts, kind, settings):
     assert int(out.statistics.accepted.sum()) > 0
 
 
+def test_one_token_after_a_prompt_that_fills_its_row(pair, prompts):
+    """There is room for an answer behind any prompt, however short the limit."""
+    full = prompts[(prompts != 0).all(axis=1)]
+    arguments = pair.target, pair.target_params, full, RNG
+    plain = [autoregressive_sample(*arguments, sampling=GREEDY, max_new_tokens=n) for n in (1, 4)]
+    out = sample(pair, full, sampling=GREEDY, max_new_tokens=1)
+    assert out.tokens.shape == (len(full), 1)
+    for tokens in (out.tokens, plain[0].tokens):
+        np.testing.assert_array_equal(tokens, plain[1].tokens[:, :1])
+    assert out.lengths.tolist() == [1] * len(full)
+    assert (out.statistics.target_calls == 1).all()
+
+
 @pytest.mark.parametrize(
     ("kind", "mode"),
     [(ENCODER_DECODER, "token"), (DECODER_ONLY, "adaptive"), (ENCODER_DECODER, "drafts")],

@@ -1,6 +1,7 @@
 """The compiled steps against plain gradient descent, written out."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from distillspec_jax.distill.step import (
     summed_gradients,
 )
 from distillspec_jax.errors import UserError
-from distillspec_jax.models.transformer import Transformer, init_params, score
+from distillspec_jax.models.transformer import Transformer, hidden_states, init_params, score
 from distillspec_jax.training.state import TrainState
 
 RATE = 0.5  # of the plain gradient descent in conftest
@@ -264,6 +265,41 @@ def test_on_policy_distillation_raises_the_acceptance_rate(pairs, batch):
         state, metrics = step(state, pair.target_params, batch)
         rates.append(float(metrics["acceptance_rate"][0] / metrics["acceptance_rate"][1]))
     assert np.mean(rates[-20:]) > np.mean(rates[:20]) + 0.1
+
+
+@BOTH
+def test_computing_in_bfloat16_leaves_float32_what_is_kept(kind, pairs, batch):
+    """Weights, optimiser and metrics; the loss is that of float32 but for rounding, and falls."""
+    pair, optimizer = pairs[kind], optax.adam(0.02)
+    halves = [
+        Transformer(dataclasses.replace(model.config, dtype="bfloat16"))
+        for model in (pair.draft, pair.target)
+    ]
+    found = []
+    for models in ((pair.draft, pair.target), halves):
+        recipe = recipes.named("supkd")
+        step = make_distill_step(*models, recipe, optimizer, rollout_length=5)
+        state, losses = TrainState.create(pair.draft_params, optimizer), []
+        for _ in range(30):
+            state, metrics = step(state, pair.target_params, batch)
+            losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+        kept = jax.tree.leaves((state.params, state.opt_state, metrics))
+        assert {leaf.dtype.name for leaf in kept} <= {"float32", "int32"}
+        found.append(losses)
+    exact, rounded = found
+    assert rounded[0] == pytest.approx(exact[0], rel=0.02)
+    assert rounded[0] != exact[0]
+    assert rounded[-1] < 0.8 * rounded[0]
+
+
+def test_bfloat16_is_of_products_and_not_of_softmax_or_logits(pair, batch):
+    model = Transformer(dataclasses.replace(pair.draft.config, dtype="bfloat16"))
+    text = batch.inputs, batch.targets
+    hidden = jax.eval_shape(lambda params: hidden_states(model, params, *text), pair.draft_params)
+    traced = jax.make_jaxpr(lambda params: score(model, params, *text))(pair.draft_params)
+    assert hidden.dtype == jnp.bfloat16
+    assert traced.out_avals[0].dtype == jnp.float32
+    assert set(re.findall(r"(\w+)\[[\d,]*\] = exp ", str(traced))) == {"f32"}  # of softmax alone
 
 
 def test_selected_tokens_are_those_with_the_largest_gain(pairs, batch, fresh_state, compiled_step):

@@ -298,6 +298,9 @@ def test_options_of_the_checks(run, project):
     done = run("bash launch/test.sh --peers --python 3.11")
     assert f"-m venv --clear {project}/.venv-3.11" in done.log
     assert f"{project}[dev,peers]" in done.log[1]
+    done = run("bash launch/test.sh --gpu --slow")
+    assert any(line.endswith(f"{project}[dev,cuda]") for line in done.log)
+    assert done.log[-1].endswith("-n 0 -m gpu --slow")
     assert "--slow" in run("bash launch/test.sh --help").stdout
     assert "--seeds" in run("bash launch/quickstart.sh --help").stdout
 

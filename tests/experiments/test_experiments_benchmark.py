@@ -117,6 +117,18 @@ def test_the_time_of_a_token_is_without_the_source():
     assert found["plain_over_weight_read"] == pytest.approx(3 / (weights * 0.5), rel=1e-6)
 
 
+@pytest.mark.parametrize(("backend", "kind"), [("cpu", np.floating), ("gpu", jax.Array)])
+def test_memory_is_read_where_the_weights_are(monkeypatch, backend, kind):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    memory = decode_plain.Memory(2)
+    assert isinstance(memory.read(), kind)
+    assert memory.read() == 1
+    assert memory.bytes == 2 * 2**20
+    if backend == "gpu":  # all of it is read
+        compiled = memory.read.func.lower(*memory.read.args).compile()
+        assert compiled.cost_analysis()["bytes accessed"] >= memory.bytes
+
+
 def test_the_growth_with_the_length_is_of_each_round(monkeypatch):
     run = object.__new__(decode_plain._Run)
     run._config = dataclasses.replace(PLAIN, new_tokens=(8, 4, 6))

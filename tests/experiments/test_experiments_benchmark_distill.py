@@ -40,6 +40,44 @@ def test_chunks_bound_the_memory_of_logits():
     assert timed["plain"]["tokens_per_second"] == pytest.approx(tokens / timed["plain"]["seconds"])
 
 
+def test_operations_are_counted_without_the_kernel_of_the_cpu():
+    """By hand: two for each weight and token, and twice as many more where it is learnt."""
+    pair = Pair(target="cpu_t5_target", draft="cpu_t5_draft", batch_size=4, target_length=16)
+    ours = distill._Ours(pair, distill.recipes.named("supkd"), 3, abstract=True)
+    expected = 0.0
+    for model, passes in ((ours.target, 2), (ours.draft, 6)):
+        c = model.config
+        inner, rows = c.num_heads * c.head_dim, c.vocab_size
+        attention, mlp = 4 * c.d_model * inner, 3 * c.d_model * c.d_ff
+        source = c.num_encoder_layers * (attention + mlp)
+        source += c.num_decoder_layers * 2 * c.d_model * inner  # keys and values of the source
+        text = c.num_decoder_layers * (attention + 2 * c.d_model * inner + mlp) + c.d_model * rows
+        tokens = pair.batch_size * np.array([pair.input_length, pair.target_length])
+        expected += passes * float(tokens @ [source, text])
+    assert expected < ours.flops() < 1.25 * expected  # attention, softmax, norms, losses, AdamW
+
+
+@pytest.mark.parametrize(("teraflops", "spread"), [(0.0, [2, 4]), (2e-6, [0.5, 2])])
+def test_utilisation_is_a_share_of_the_peak(monkeypatch, teraflops, spread):
+    seconds = {"update": np.array([2.0, 4.0, 1.0]), "product": np.array([2.0, 4.0, 2.0])}
+    monkeypatch.setattr(
+        distill,
+        "side_by_side",
+        lambda calls, **_: {name: Timing(seconds[name], 9.0) for name in calls},
+    )
+    size = 100  # 2e6 operations
+    monkeypatch.setattr(distill._Ours, "flops", lambda self: float(size**3) * 4)
+    config = Config(
+        parts=("utilisation",), utilisation=TINY, peak_teraflops=teraflops, product_size=size
+    )
+    summary, records = distill.measure(config, seed=3)
+    assert summary["score_update_flops_per_second"] == 2e6
+    assert summary["score_update_flops_per_second_spread"] == [1e6, 4e6]
+    assert summary["score_update_utilisation_spread"] == spread
+    assert spread[0] <= summary["score_update_utilisation"] <= spread[1]
+    assert [row["name"] for row in records] == ["update", "product"]
+
+
 def test_no_text_ends_before_the_limit():
     """Rollouts of full length: every row of both models, without an end of sequence."""
     pair = dataclasses.replace(TINY, target_length=19)

@@ -113,6 +113,19 @@ def test_lines_flags_and_terminal_give_the_same_texts(run, tmp_path, monkeypatch
     assert outputs(run(workdir="terminal")[3]) == expected
 
 
+def test_a_greedy_draft_of_a_sampling_target(run):
+    flags = [f"--prompt={prompt}" for prompt in PROMPTS]
+    code, out, err, folder = run(*flags, "--config.draft_temperature=0")
+    assert code is None, err
+    assert "draft_temperature 0\n" in out
+    assert summary(folder)["draft_temperature"] == 0
+    rows = outputs(folder)
+    assert {row["lossless"] for row in rows} == {True}
+    usual = outputs(run(*flags, workdir="usual")[3])
+    assert [row["output"] for row in rows] != [row["output"] for row in usual]
+    assert "draft_temperature" not in summary(folder.with_name("usual"))
+
+
 def test_every_lossy_text_says_so(run):
     _, _, _, folder = run(f"--prompt={PROMPTS[0]}", lenience={"epsilon": 0.3})
     assert [row["lossless"] for row in outputs(folder)] == [False]
@@ -209,6 +222,8 @@ def test_colours_are_those_of_the_origins(vocabulary):
         ([], {"verification": "blok", "draft": ""}, "unknown verification rule 'blok'"),
         ([], {"verification": "greedy"}, "greedy verification needs temperature 0"),
         (["--prompt=a"], {"num_drafts": 2, "verification": "block"}, "several drafts need token"),
+        ([], {"draft_temperature": -1.0}, "config.draft_temperature is -1.0; it must be 0"),
+        ([], {"draft_top_p": 1.5, "draft": ""}, "config.draft_top_p is 1.5; it must be in (0, 1]"),
         ([], {"draft": "stories-draf"}, "did you mean 'stories-draft'"),
         ([], {"temprature": 0.5}, "did you mean 'config.temperature'"),
     ],

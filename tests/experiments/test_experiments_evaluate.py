@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from distillspec_jax import zoo
-from distillspec_jax.data.tasks import TaskConfig
+from distillspec_jax.data.tasks import TaskConfig, load_task
 from distillspec_jax.decoding.block_length import BlockLength, tune
+from distillspec_jax.decoding.lenience import Lenience
 from distillspec_jax.evaluation import latency
 from experiments import evaluate, measuring
+from experiments.bench import Setting, open_bench
 from experiments.evaluate import DraftConfig, EvaluateConfig
 
 FIXED = (
@@ -300,6 +302,15 @@ def test_lossy_rows_are_marked_and_none_is_greedy(config, tmp_path):
     assert "block_efficiency_path_ci95" not in rows[2]
 
 
+def test_the_decoder_s_lenience_is_that_of_the_config(config):
+    changed = dataclasses.replace(
+        config, drafts=config.drafts[:1], lenience_kind="linear", relaxed_residual=True
+    )
+    bench = open_bench(changed, load_task(changed.task))
+    lossy = bench.speculation(bench.drafts[0], Setting("finetuned", 1.0, 3, 0.5))
+    assert lossy.lenience == Lenience("linear", 0.5, relaxed_residual=True)
+
+
 def test_a_draft_with_a_sampling_of_its_own(config, workdir, tmp_path):
     """In the decoder as along the texts: all three ways of alpha are of that draft."""
     own = {"draft_temperature": 0.8, "draft_top_k": 60, "draft_top_p": 0.9}
@@ -309,7 +320,6 @@ def test_a_draft_with_a_sampling_of_its_own(config, workdir, tmp_path):
     evaluate.main(changed, tmp_path / "run")
     rows = json.loads((tmp_path / "run" / "summary.json").read_text())["drafts"]
     usual = json.loads((workdir / "summary.json").read_text())["drafts"]
-    print(rows[0], rows[1], usual[4])
     for row in rows:
         assert row["draft_sampling"] == {"temperature": 0.8, "top_k": 60, "top_p": 0.9}
         assert row["lossless"] is True

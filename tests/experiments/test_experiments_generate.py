@@ -81,6 +81,9 @@ def test_texts_are_the_target_s_and_keyed_by_their_number(run, tmp_path, models,
             assert text.input == [piece for piece in batch.inputs[i].tolist() if piece]
     found = json.loads((tmp_path / "texts" / "summary.json").read_text())
     assert found["num_texts"] == 26
+    ended = np.mean([text.target[-1:] == [task.vocabulary.eos_id] for text in texts])
+    assert found["eos_rate"] == pytest.approx(ended)
+    assert f"warning: only {ended:.0%} of the texts ended by themselves; raise" in out
     assert found["target_length"] == pytest.approx(np.mean([len(t.target) for t in texts]))
 
 
@@ -129,6 +132,21 @@ def test_a_file_that_is_missing_is_written_again_to_the_same_bits(run, tmp_path)
     assert code is None
     assert "files: 5, 4 of them done" in out
     assert {path.name: path.read_bytes() for path in folder.glob("*.array_record")} == before
+
+
+def test_a_file_that_is_damaged_is_not_taken_for_done(run, tmp_path):
+    assert run()[0] is None
+    path = tmp_path / "texts" / "texts-00003-of-00005.array_record"
+    whole = path.read_bytes()
+    used = [index for index, byte in enumerate(whole) if byte]  # the rest is padding
+    middle = used[len(used) // 2]
+    path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    code, _, err = run()
+    assert code == 2
+    assert f"error: {path} is no file of texts, or broken" in err
+    path.unlink()
+    assert run()[0] is None
+    assert path.read_bytes() == whole
 
 
 def test_the_split_teacher_gives_these_pieces(run, tmp_path, task_fields):

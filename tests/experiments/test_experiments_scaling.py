@@ -1,10 +1,10 @@
-"""Bytes on links, read from a compiled program; meshes of a family; the loop's own time."""
+"""Bytes on links, read from a compiled program; meshes of a family; what the loop costs."""
 
 import pytest
 
 from distillspec_jax.errors import UserError
 from distillspec_jax.sharding.mesh import MeshConfig
-from experiments.benchmarks import scaling
+from experiments.benchmarks import loop, scaling
 from experiments.benchmarks.scaling import (
     Config,
     collectives,
@@ -91,3 +91,49 @@ def test_work_of_a_device_stays_when_devices_and_rows_grow():
     assert many["collective_bytes"] == pytest.approx(one["collective_bytes"], rel=0.1)
     assert 0 < one["sent_bytes"] < many["sent_bytes"] < 2 * one["sent_bytes"]  # (n - 1) / n
     assert summary
+
+
+def test_a_save_is_told_beyond_the_copy_that_it_needs():
+    config = loop.Config(steps=11, save_every=5, repeats=3)
+    assert config.saves == 2
+    seconds = {
+        "step": (1.0, 2.0, 1.0),
+        "step_with_copies": (1.5, 2.5, 1.25),
+        "loop": (1.25, 2.5, 1.0),
+        "loop_with_saves": (2.0, 3.25, 2.0),
+    }
+    records = [
+        {"way": way, "repeat": repeat, "seconds_per_step": times[repeat]}
+        for repeat in range(3)
+        for way, times in seconds.items()
+    ]
+    found = loop.summarize(config, records)
+    assert [found[f"seconds_per_step_{way}"] for way in loop.WAYS] == [1.0, 1.5, 1.25, 2.0]
+    assert [found[f"overhead_{way}"] for way in loop.WAYS[1:]] == [0.5, 0.25, 1.0]
+    assert found["seconds_of_a_copy"] == 0.5 * 11 / 2
+    assert found["seconds_of_a_save"] == 0.75 * 10 / 2
+    assert found["seconds_of_a_save_beyond_its_copy"] == 0.75 * 10 / 2 - 0.5 * 11 / 2
+
+
+@pytest.mark.slow
+def test_the_loop_is_measured_in_all_its_ways(models, monkeypatch):
+    copies = []
+    monkeypatch.setattr(loop, "_copy", lambda state: copies.append(int(state.step)))
+    config = loop.Config(
+        target=str(models / "target"),
+        draft=str(models / "draft"),
+        batch_size=8,
+        rollout_length=5,
+        steps=5,
+        save_every=2,
+        repeats=1,
+    )
+    summary, records = loop.measure(config, 0)
+    assert [record["way"] for record in records] == list(loop.WAYS)
+    assert copies == [2, 4]  # where the loop saves, but for its save at the end
+    assert all(summary[f"seconds_per_step_{way}"] > 0 for way in loop.WAYS)
+
+
+def test_a_loop_without_saves_is_refused():
+    with pytest.raises(UserError, match=r"loop\.save_every is 60, must be from 1 to below the 60"):
+        loop.Config(save_every=60)

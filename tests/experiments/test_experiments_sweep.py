@@ -18,7 +18,7 @@ from distillspec_jax.training.state import TrainState
 from experiments import cells, sweep
 from experiments.bench import Loaded
 from experiments.cell_tables import Results, markdown, summary
-from experiments.cells import Cell, Trainer
+from experiments.cells import Cell, Trained, Trainer
 from experiments.sweep import SweepConfig
 from experiments.watching import DecoderConfig
 
@@ -58,6 +58,7 @@ def test_a_cell_is_a_run_of_the_distillation_step(source, trainer, task, pair):
     for seed in (5, 6):  # the second one must not get the texts of the first
         cell = Cell("train", 4, "jsd", source, seed)
         trained = trainer.train(cell, draft.params, OPTIMIZER, lambda step: None)
+        assert 0 <= trained.means["eos_rate"] < 0.5
         rule = make_optimizer(OPTIMIZER, 4)
         step = make_distill_step(
             draft.model, target.model, cell.recipe(0.3), rule, rollout_length=LENGTH
@@ -149,6 +150,21 @@ def test_what_is_done_is_kept_and_what_is_new_is_added(run, tmp_path, monkeypatc
     assert "10 cells, 6 of them done" in out
     found = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert {row["seeds"] for row in found["cells"] if row["steps"]} == {2}
+
+
+def test_a_cell_whose_samples_seldom_end_says_so(run, monkeypatch):
+    rates = {"draft": {"eos_rate": 0.2}, "teacher": {"eos_rate": 0.5}, "fixed": {}}
+    monkeypatch.setattr(
+        Trainer, "train", lambda self, cell, params, *_: Trained(params, 0, rates[cell.source])
+    )
+    counts = np.ones((4, 5), int)
+    monkeypatch.setattr(sweep, "make_counts", lambda *_, **__: lambda params, temperature: counts)
+    code, _, err = run("--config.sources=('draft','teacher')", "--config.train_splits=('train',)")
+    assert code is None, err
+    lines = [line for line in err.splitlines() if ": block efficiency" in line]
+    few = "; warning: only 20% of its samples ended by themselves; raise config.rollout_length or"
+    assert [few in line for line in lines] == [False, False, True, False]
+    assert "warning" not in lines[3]
 
 
 def test_rows_pool_seeds_and_gains_are_paired(task):

@@ -113,6 +113,31 @@ def test_finetune_learns_and_leaves_what_it_promises(run, tmp_path):
     assert card["model"]["name"] == "draft"
 
 
+@pytest.mark.parametrize(
+    ("kind", "overrides"),
+    [
+        ("finetune", ["--config.average_decay=0.5"]),
+        ("distill", ["--config.recipe.name=adaspec", "--config.reference={models}/draft"]),
+    ],
+)
+def test_computing_in_bfloat16_saves_float32_weights(run, models, tmp_path, kind, overrides):
+    overrides = [each.format(models=models) for each in overrides]
+    narrow = "--config.compute_dtype=bfloat16"
+    code, out, err = run(kind, narrow, *overrides, "--config.steps=4")
+    assert code is None, err
+    assert "parameters, bfloat16" in out
+    assert run(kind, narrow, *overrides)[0] is None  # goes on
+    model, params = zoo.load(tmp_path / "run")
+    assert model.config.dtype == "float32"
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+    start = zoo.load(models / "draft")[1]["embedding"]
+    assert np.any(params["embedding"] != start)
+    assert np.any(params["embedding"] != params["embedding"].astype("bfloat16"))
+    code, _, err = run(kind, *overrides)
+    assert code == 2
+    assert 'its compute_dtype is "bfloat16", yours is "float32"' in err
+
+
 def test_the_largest_seed_is_taken(run, tmp_path):
     largest = ("--config.seed=4294967295", "--config.steps=1")
     assert run("finetune", *largest, "--config.model=cpu_draft")[0] is None
@@ -121,7 +146,8 @@ def test_the_largest_seed_is_taken(run, tmp_path):
 
 def test_distill_stopped_and_resumed_is_uninterrupted(run, tmp_path, monkeypatch):
     """On-policy: what the draft writes, the order of the data and the records, to the bit."""
-    assert run("distill", workdir="whole")[0] is None
+    code, _, told = run("distill", workdir="whole")
+    assert code is None
     with monkeypatch.context() as patch:
         stop_after(3, patch)
         code, out, _ = run("distill", workdir="parts")
@@ -146,6 +172,11 @@ def test_distill_stopped_and_resumed_is_uninterrupted(run, tmp_path, monkeypatch
     assert (figures["gamma"], figures["recipe"]) == (3, "distillspec")
     train = [r for r in records(tmp_path / "whole") if r["kind"] == "train"]
     assert all(r["source_draft"] == 1 and r["source_fixed"] == 0 for r in train)
+    rates = [r["eos_rate"] for r in train]  # the draft hardly ever ends an answer
+    assert len(rates) == 3
+    assert max(rates) < 0.5
+    for rate in rates:
+        assert f"warning: only {rate:.0%} of the samples ended by themselves; raise" in told
 
 
 def test_control_is_the_same_run_by_likelihood(run, tmp_path):

@@ -39,9 +39,9 @@ def test_every_bit_and_every_place_counts():
     assert len(found | {same}) == len(others) + 1
 
 
-def test_shape_counts_and_name_does_not():
+def test_shape_counts_and_neither_name_nor_dtype_of_compute_does():
     config = MODEL.config
-    renamed = Transformer(dataclasses.replace(config, name="other"))
+    renamed = Transformer(dataclasses.replace(config, name="other", dtype="bfloat16"))
     other = Transformer(dataclasses.replace(config, eos_id=2))
     assert fingerprint(renamed, params()) == fingerprint(MODEL, params())
     assert fingerprint(other, params()) != fingerprint(MODEL, params())

@@ -16,6 +16,7 @@ from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.models.transformer import Transformer
 from distillspec_jax.sharding.layout import Layout, check_rows, device_bytes
 from distillspec_jax.sharding.mesh import MeshConfig, make_mesh
+from distillspec_jax.training.checkpoints import Checkpoints
 from distillspec_jax.training.optimizers import OptimizerConfig, make_optimizer
 from distillspec_jax.training.state import TrainState
 
@@ -137,6 +138,28 @@ def test_the_step_keeps_rows_and_heads_apart():
     assert shapes(r"f32\[(\d+),(\d+),11,5\]") == {("2", "4")}  # half of the target's heads
     assert not shapes(r"f32\[(16|8),(?:6|11),(?:8|16|24)\]")  # activations: D and F
     assert shapes(r"f32\[(2|4),(?:6|11),(?:8|16|24)\]") == {"2", "4"}
+    assert shapes(r"f32\[2,4,(20|40)\]") == {"20"}  # logits of a chunk: half of the vocabulary
+    assert not shapes(r"f32\[\d+,11,(20|40)\]")  # and never of more than a chunk
+
+
+def test_a_checkpoint_of_one_mesh_is_read_onto_another(tmp_path):
+    def born(*mesh_shape):
+        layout = Layout(make_mesh(MeshConfig(*mesh_shape)))
+        with jax.set_mesh(layout.mesh):
+            return begin(layout, "sharded")[0]
+
+    saved, other = born(8, 1, 1), born(2, 2, 2)
+    saved = saved.replace(params=jax.tree.map(lambda leaf: leaf + 1, saved.params))
+    expected, places = jax.device_get(saved), jax.tree.map(lambda leaf: leaf.sharding, other)
+    checkpoints = Checkpoints(tmp_path, {"model": {}, "vocabulary_fingerprint": "ab"})
+    checkpoints.save(saved, {"seen": 3})
+    checkpoints.wait()
+    restored, memory = checkpoints.restore(other)
+    checkpoints.close()
+    assert memory == {"seen": 3}
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), expected)
+    found = jax.tree.map(lambda leaf, place: leaf.sharding == place, restored, places)
+    assert all(jax.tree.leaves(found))
 
 
 def test_a_device_holds_its_part():

@@ -5,6 +5,8 @@ import json
 import subprocess
 import time
 
+import jax
+import numpy as np
 import pytest
 
 
@@ -17,17 +19,18 @@ def records(workdir):
 def test_a_clock_that_goes_back_changes_nothing(make_toy, monkeypatch):
     """An hour back at each look: as after a correction by NTP, or a change of hosts."""
     whole, back = make_toy("whole"), make_toy("back")
-    whole.run(steps=12)
+    expected = whole.run(steps=12)
     hours = itertools.count()
     real = time.time
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", lambda: real() - 3600 * next(hours))
         back.run(steps=7)
-        back.run(steps=12)
+        found = back.run(steps=12)
     assert next(hours) > 3
-    assert records(back.workdir)[-1] == records(whole.workdir)[-1]
-    steps = [(record["kind"], record["step"]) for record in records(back.workdir)]
-    assert steps == sorted(steps, key=lambda each: each[1])
+    # beside the evaluation at the end of the first start, which the whole run does not make
+    kept = [r for r in records(back.workdir) if (r["kind"], r["step"]) != ("eval", 7)]
+    assert kept == records(whole.workdir)
+    jax.tree.map(np.testing.assert_array_equal, found.state.params, expected.state.params)
 
 
 def test_a_folder_that_turns_read_only_leaves_the_last_checkpoint(make_toy, tmp_path):

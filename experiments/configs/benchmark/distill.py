@@ -5,7 +5,9 @@
 
 Parts: `trl` (the LM1B pair, 33M and 234M), `trl_small` (the quickstart's sizes), `torch` (T5 small
 and base), `chunked` (memory and time of the vocabulary in chunks), `teacher` (rollouts of the
-target with a draft's help; give a distilled one by --config.distill.teacher_draft=FOLDER).
+target with a draft's help; give a distilled one by --config.distill.teacher_draft=FOLDER),
+`utilisation` (operations a second of score and update, and their share of what a large product
+reaches, or of --config.distill.peak_teraflops).
 """
 
 from ml_collections import ConfigDict
@@ -18,11 +20,12 @@ def get_config(options: str = "") -> ConfigDict:
     if options == "fast":
         tiny = {"target": "cpu_target", "draft": "cpu_draft", "batch_size": 2, "target_length": 8}
         config.distill.rounds = 2
-        config.distill.parts = ("trl_small", "torch", "chunked", "teacher")
-        for part in ("trl_small", "torch", "chunked"):
+        config.distill.parts = ("trl_small", "torch", "chunked", "teacher", "utilisation")
+        for part in ("trl_small", "torch", "chunked", "utilisation"):
             config.distill[part] = ConfigDict(tiny)
         config.distill.chunk = 3
         config.distill.vocabularies = (64, 448)
         config.distill.teacher_batch_sizes = (2, 4)
         config.distill.teacher_length = 16
+        config.distill.product_size = 256
     return config
