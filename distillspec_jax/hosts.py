@@ -155,6 +155,15 @@ def _late(who: str, limit: float) -> str:
     return f"{who} within {limit:g} seconds; look at their logs, and start all again"
 
 
+def is_of_engine(error: BaseException) -> bool:
+    """Whether an error is JAX's own; a CPU's collectives fail by ValueError.
+
+    Other errors may speak of connections, too.
+    """
+    of_jax = isinstance(error, jax.errors.JaxRuntimeError)
+    return of_jax or str(error).startswith("UNKNOWN: Gloo")
+
+
 def failed(error: BaseException, environment: Mapping[str, str] = os.environ) -> int:
     """Says why one of several processes failed; returns the exit code.
 
@@ -162,8 +171,7 @@ def failed(error: BaseException, environment: Mapping[str, str] = os.environ) ->
     process when the heartbeat is missed. The code is LOST if it does not.
     """
     text = str(error)[:500]
-    # A CPU's collectives fail by ValueError; other errors may speak of connections, too.
-    of_engine = isinstance(error, jax.errors.JaxRuntimeError) or text.startswith("UNKNOWN: Gloo")
+    of_engine = is_of_engine(error)
     if of_engine and _OUT_OF_MEMORY.search(text):
         print(
             f"error: host {jax.process_index()} is out of memory ({text.splitlines()[0]}); --plan "

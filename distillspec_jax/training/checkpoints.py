@@ -153,6 +153,8 @@ class Checkpoints:
         except TimeoutError:  # an OSError, but of a host that others wait for
             raise
         except (OSError, ValueError) as error:  # TensorStore's are ValueError
+            if hosts.is_of_engine(error):
+                raise
             whole = sorted(int(p.name) for p in self._folder.glob("*") if p.name.isdigit())
             kept = f"the one of step {whole[-1]} is whole" if whole else "there is none before it"
             raise UserError(
