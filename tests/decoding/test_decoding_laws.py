@@ -485,12 +485,10 @@ def examine_k_seq(tree, num_drafts, block_length=FIXED):
     ("kind", "size", "gamma", "num_drafts"),
     [
         *((kind, *sizes) for kind in KINDS_OF_TREE for sizes in ((3, 2, 2), (2, 2, 3))),
-        ("processed", 4, 2, 2),
         *(
             pytest.param(kind, *sizes, marks=pytest.mark.slow)
             for kind in KINDS_OF_TREE
             for sizes in ((4, 2, 2), (2, 3, 2))
-            if (kind, *sizes) != ("processed", 4, 2, 2)
         ),
     ],
 )
