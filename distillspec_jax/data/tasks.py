@@ -175,12 +175,13 @@ class Task:
         if part is None:
             return examples
         first, last = (int(bound) if bound else None for bound in part.group("first", "last"))
-        if not examples[first:last]:
+        taken = examples[first:last]
+        if not taken:
             raise UserError(
                 f"the part '{split}' of task '{self.name}' is empty: '{name}' has "
                 f"{len(examples):,} examples; take another part, or another split"
             )
-        return examples[first:last]
+        return taken
 
     def check_teacher(self, fingerprint: str) -> None:
         """Refuses teacher data, if there are any, of another target than this one."""
