@@ -25,6 +25,7 @@ from distillspec_jax.interop import huggingface, huggingface_config, native, orb
 from distillspec_jax.interop.folders import read_json_object
 from distillspec_jax.interop.placing import checked_dtype
 from distillspec_jax.models.config import ModelConfig
+from distillspec_jax.models.cpu_memory import on_large_pages
 from distillspec_jax.models.presets import PRESETS
 from distillspec_jax.models.transformer import Params, Transformer, init_params
 from distillspec_jax.training.checkpoints import chosen_step, drop_unfinished_reads
@@ -91,11 +92,12 @@ def load(
     places = None if shardings is None else shardings(config)
     read_params = READERS[found.kind].read_params
     try:
-        params = read_params(found.path, config, shardings=places, dtype=dtype)
+        return Transformer(config), on_large_pages(
+            read_params(found.path, config, shardings=places, dtype=dtype)
+        )
     except UserError:
         drop_unfinished_reads()
         raise
-    return Transformer(config), params
 
 
 def describe(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -189,9 +191,9 @@ def _fresh(
 ) -> tuple[Transformer, Params]:
     fresh, key, stored = Transformer(config), jax.random.key(seed), checked_dtype(dtype)
     if shardings is None:
-        return fresh, _initialized(key, fresh, stored)
+        return fresh, on_large_pages(_initialized(key, fresh, stored))
     init = functools.partial(_initialized, model=fresh, dtype=stored)
-    return fresh, jax.jit(init, out_shardings=shardings(config))(key)
+    return fresh, on_large_pages(jax.jit(init, out_shardings=shardings(config))(key))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "dtype"))

@@ -6,9 +6,11 @@
           for each line of the strip              every weight is fetched once, in order
             add x[row, line] * weights[line, tile] for each row of the group
 
-The threads of XLA's pool share the outputs. Transposed weights have a line for each output: there a
-tile is a few lines, and the sums of their vectors are taken at their ends. LLVM's intermediate code
-is built by llvmlite and compiled at the first use of a number of rows, in about 0.1 s.
+The threads of XLA's pool share the lines, half and half, so that each reads on in order; more than
+two of them share the outputs as well. The sums of both halves are added at the end. Transposed
+weights have a line for each output: there threads share the outputs alone, a tile is a few lines,
+and the sums of their vectors are taken at their ends. LLVM's intermediate code is built by llvmlite
+and compiled at the first use of a number of rows, in about 0.1 s.
 
 Shapes: G products of M rows, K inputs, F outputs; x [..., M, K], weights [..., K, F] or,
 transposed, [..., F, K], y [..., M, F], all float32; the axes in front multiply to G. A tile reads
@@ -53,10 +55,9 @@ SCHEDULE, COUNT_THREADS = 136, 144  # of the API
 DATA, RANK, DIMENSIONS = 24, 32, 40  # of a buffer
 
 # Of a job, which lives until the last thread lets go of it.
-X, WEIGHTS, Y, ROWS, INPUTS, OUTPUTS, PART, SPLITS, PARTS, NEXT, DONE, HOLDERS, ENDS = range(
-    0, 104, 8
-)
-JOB_BYTES = 104
+X, WEIGHTS, Y, ROWS, INPUTS, OUTPUTS, PART, HALF, SPLITS, PARTS, NEXT, DONE, HOLDERS, ENDS, SUMS = (
+    range(0, 120, 8)
+)  # the sums of the second half of the lines stand behind the job
 
 
 _ENGINES: list[Any] = []  # they own the compiled code
@@ -146,25 +147,28 @@ class _Kernel:
                     code.store(INT(number), self._field(metadata, offset, INT))
                 code.ret(NULL)
 
-        job = code.call(self._function("malloc", POINTER, [LONG]), [LONG(JOB_BYTES)])
         arguments, results = self._get(call, ARGUMENTS), self._get(call, RESULTS)
         x, weights, y = self._get(arguments, 0), self._get(arguments, 8), self._get(results, 0)
-        for buffer, offset in ((x, X), (weights, WEIGHTS), (y, Y)):
-            code.store(self._get(buffer, DATA), self._field(job, offset))
-        if self.has_ends:
-            code.store(self._get(self._get(arguments, 16), DATA), self._field(job, ENDS))
         _, rows, _ = self._sizes(x)
         products, inputs, outputs = self._sizes(weights)
         if self.transposed:
             inputs, outputs = outputs, inputs
         threads = self._threads(call, code.mul(products, code.mul(inputs, outputs)))
-        # a product is split where there are fewer of them than threads
-        alone = code.icmp_unsigned("<", products, threads)
-        splits = code.select(alone, threads, LONG(1))
-        part = code.mul(self._ceil(self._ceil(outputs, LONG(self.wide)), splits), LONG(self.wide))
-        splits = self._ceil(outputs, part)
+        half, splits = self._split(products, inputs, threads)
+        halves = self._ceil(inputs, half)
+        wide = LONG(self.wide)
+        part = code.mul(self._ceil(self._ceil(outputs, wide), splits), wide)
+        splits = code.mul(self._ceil(outputs, part), halves)
         parts = code.mul(products, splits)
-        numbers = {ROWS: rows, INPUTS: inputs, OUTPUTS: outputs, HOLDERS: threads}
+        size = code.mul(rows, outputs)
+        sums = code.mul(size, code.sub(halves, LONG(1)))
+        room = code.add(code.mul(sums, LONG(4)), LONG(SUMS))
+        job = code.call(self._function("malloc", POINTER, [LONG]), [room])
+        for buffer, offset in ((x, X), (weights, WEIGHTS), (y, Y)):
+            code.store(self._get(buffer, DATA), self._field(job, offset))
+        if self.has_ends:
+            code.store(self._get(self._get(arguments, 16), DATA), self._field(job, ENDS))
+        numbers = {ROWS: rows, INPUTS: inputs, OUTPUTS: outputs, HOLDERS: threads, HALF: half}
         numbers |= {PART: part, SPLITS: splits, PARTS: parts, NEXT: LONG(0), DONE: LONG(0)}
         for offset, value in numbers.items():
             code.store(value, self._field(job, offset, LONG))
@@ -180,8 +184,32 @@ class _Kernel:
         done = code.load_atomic(self._field(job, DONE, LONG), "acquire", 8)
         code.cbranch(code.icmp_unsigned("<", done, parts), waiting, finished)
         code.position_at_end(finished)
+        self._add_second(self._get(y, DATA, FLOAT.as_pointer()), job, sums)
         self._let_go(job)
         code.ret(NULL)
+
+    def _split(self, products: Any, inputs: Any, threads: Any) -> tuple[Any, Any]:
+        """Lines of a part, and among how many its outputs are split.
+
+        Neither knows the number of rows, so that a row's sums do not depend on the others.
+        """
+        code = self.code
+        alone = code.icmp_unsigned("<", products, threads)
+        splits = code.select(alone, threads, LONG(1))
+        if self.transposed or self.has_ends:
+            return inputs, splits
+        halved = code.and_(alone, code.icmp_unsigned("==", products, LONG(1)))
+        half = code.mul(self._ceil(inputs, LONG(2 * STRIP)), LONG(STRIP))
+        even = code.icmp_unsigned("==", code.urem(threads, LONG(2)), LONG(0))
+        fewer = code.select(even, code.udiv(threads, LONG(2)), threads)
+        return code.select(halved, half, inputs), code.select(halved, fewer, splits)
+
+    def _add_second(self, y: Any, job: Any, count: Any) -> None:
+        """Adds what the second half of the lines gave, `count` sums, to that of the first."""
+        second = self._field(job, SUMS, FLOAT)
+        with self._loop(LONG(0), count, LANES) as place:
+            value = self.code.fadd(self._load(y, place), self._load(second, place))
+            self.code.store(value, self._vector(y, place), align=4)
 
     def _sizes(self, buffer: Any) -> tuple[Any, Any, Any]:
         """The product of all sizes but two, and the last two."""
@@ -240,7 +268,7 @@ class _Kernel:
         self.rows, self.inputs, self.outputs = (
             self._get(job, at, LONG) for at in (ROWS, INPUTS, OUTPUTS)
         )
-        part, splits, parts = (self._get(job, at, LONG) for at in (PART, SPLITS, PARTS))
+        part, half, splits, parts = (self._get(job, at, LONG) for at in (PART, HALF, SPLITS, PARTS))
         taking, working, leaving = (code.append_basic_block() for _ in range(3))
         code.branch(taking)
         code.position_at_end(taking)
@@ -261,11 +289,16 @@ class _Kernel:
         if self.has_ends:
             end = code.load(code.gep(self._get(job, ENDS, INT.as_pointer()), [number]))
             self.lines = self._least(code.sext(end, LONG), self.lines)
-        first = code.mul(split, part)
+        halves = self._ceil(self.inputs, half)
+        first = code.mul(code.udiv(split, halves), part)
         if self.transposed:
             last = self._least(code.add(first, part), self.lines)
             self._lines(self._least(first, last), last)
         else:
+            self.begin = code.mul(code.urem(split, halves), half)
+            self.lines = self._least(code.add(self.begin, half), self.lines)
+            is_first = code.icmp_unsigned("==", self.begin, LONG(0))
+            self.y = code.select(is_first, self.y, self._field(job, SUMS, FLOAT))
             self._columns(first, self._least(code.add(first, part), self.outputs))
         code.atomic_rmw("add", self._field(job, DONE, LONG), LONG(1), "release")
         code.branch(taking)
@@ -318,7 +351,7 @@ class _Kernel:
 
         several = code.icmp_unsigned(">", self.rows, LONG(GROUP))
         height = code.select(several, LONG(2 * STRIP), LONG(STRIP))
-        with self._loop(LONG(0), self.lines, height) as strip:
+        with self._loop(self.begin, self.lines, height) as strip:
             end = self._least(code.add(strip, height), self.lines)
             for start, stop, width in ((first, whole, self.wide), (whole, last, LANES)):
                 with self._loop(start, stop, width) as column:
@@ -332,7 +365,7 @@ class _Kernel:
         mine = [code.add(row, LONG(i)) for i in range(rows)]
         lines = [code.add(code.mul(each, self.outputs), column) for each in mine]
         places = [self._vector(self.y, line, offset) for line in lines for offset in offsets]
-        begins = code.icmp_unsigned("==", strip, LONG(0))
+        begins = code.icmp_unsigned("==", strip, self.begin)
         for place, total in zip(places, _flat(sums), strict=True):
             code.store(code.select(begins, ZERO, code.load(place, align=4)), total)
         starts = [code.mul(each, self.inputs) for each in mine]

@@ -16,6 +16,7 @@ import numpy as np
 from distillspec_jax.decoding.autoregressive import generate
 from distillspec_jax.decoding.sampling import Sampling
 from distillspec_jax.evaluation.latency import Timing, side_by_side
+from distillspec_jax.models.cpu_memory import on_large_pages
 from distillspec_jax.models.presets import preset
 from distillspec_jax.models.transformer import Params, Transformer, init_params, start
 from experiments.benchmarks.decode import Config, Found, Row
@@ -68,12 +69,12 @@ class Memory:
     """
 
     def __init__(self, megabytes: int) -> None:
-        block = np.ones(megabytes * 2**18, np.float32)
+        block = on_large_pages(jnp.ones(megabytes * 2**18))
         self.bytes = block.nbytes
         self.read: Callable[[], Any] = (
-            _reader_of_cores(block)
+            _reader_of_cores(np.asarray(block))
             if jax.default_backend() == "cpu"
-            else functools.partial(_largest, jax.device_put(block))
+            else functools.partial(_largest, block)
         )
 
 
@@ -122,7 +123,8 @@ class _Run:
         self._model = Transformer(
             dataclasses.replace(known, num_pieces=known.vocab_size, eos_id=-1, dropout_rate=0.0)
         )
-        self._params = jax.jit(functools.partial(init_params, self._model))(jax.random.key(seed))
+        fresh = jax.jit(functools.partial(init_params, self._model))
+        self._params = on_large_pages(fresh(jax.random.key(seed)))
         self._peer: Any = None
         if has_peers:
             from experiments.benchmarks.torch_decode import HuggingFace

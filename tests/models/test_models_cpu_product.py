@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -140,6 +141,29 @@ def test_many_callers_at_once():
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert all(all(each) for each in pool.map(call, range(8)))
+
+
+@pytest.mark.parametrize("threads", [3, pytest.param(16, marks=pytest.mark.slow)])
+def test_more_threads_than_two_share_lines_and_outputs(threads):
+    """NPROC is how many threads XLA's pool has; a row's bits do not depend on the other rows."""
+    check = """
+import jax, numpy as np
+from distillspec_jax.models import cpu_product
+product = jax.jit(cpu_product.product)
+for inputs, outputs in ((768, 2304), (31, 4096), (70, 2048), (1000, 80)):
+    rng = np.random.default_rng(inputs)
+    weights = rng.normal(size=(inputs, outputs)).astype(np.float32)
+    x = rng.normal(size=(21, inputs)).astype(np.float32)
+    whole = np.asarray(product(x, weights))
+    np.testing.assert_allclose(whole, x.astype(np.float64) @ weights, atol=1e-3)
+    for rows in (slice(0, 1), slice(3, 11)):
+        np.testing.assert_array_equal(product(x[rows], weights), whole[rows])
+    several = np.stack([weights, -weights])  # fewer than the threads
+    found = np.asarray(product(np.stack([x, x]), several))
+    np.testing.assert_allclose(found, np.stack([whole, -whole]), atol=1e-3)
+"""
+    environment = os.environ | {"NPROC": str(threads)}
+    subprocess.run([sys.executable, "-c", check], check=True, env=environment)
 
 
 def test_what_it_serves(monkeypatch):
