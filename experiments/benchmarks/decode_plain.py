@@ -78,11 +78,11 @@ class Memory:
         )
 
 
-def _reader_of_cores(block: np.ndarray) -> Callable[[], float]:
+def _reader_of_cores(block: np.ndarray) -> Callable[[], int]:
     cores = len(os.sched_getaffinity(0))
-    parts = np.array_split(block, cores)
+    parts = np.array_split(block.view(np.int64), cores)  # read faster than floats: less to compute
     pool = concurrent.futures.ThreadPoolExecutor(cores)
-    return lambda: max(pool.map(np.max, parts))
+    return lambda: max(pool.map(np.bitwise_or.reduce, parts))
 
 
 _largest = jax.jit(jnp.max)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = json.loads((ROOT / "tests" / "golden" / "jobset_schema.json").read_text())
@@ -181,7 +182,12 @@ def test_jobset_fits_the_schema(jobset):
     assert problems(jobset, SCHEMA) == []
 
 
-@pytest.mark.parametrize(
+def test_jobset_fits_the_published_models(jobset):
+    """They drop what they do not know, and add what is missing."""
+    assert JobsetV1alpha2JobSet.from_dict(jobset).to_dict() == jobset
+
+
+BROKEN = pytest.mark.parametrize(
     ("path", "value", "words"),
     [
         (["kind"], "Jobset", "none of ['JobSet']"),
@@ -192,13 +198,37 @@ def test_jobset_fits_the_schema(jobset):
         (["spec", "replicatedJobs"], {}, "is no list"),
     ],
 )
-def test_the_schema_refuses_what_is_wrong(jobset, path, value, words):
+
+
+def changed(jobset, path, value):
     broken = json.loads(json.dumps(jobset))
     place = broken
     for key in path[:-1]:
         place = place[key]
     place[path[-1]] = value
-    assert any(words in problem for problem in problems(broken, SCHEMA))
+    return broken
+
+
+@BROKEN
+def test_the_schema_refuses_what_is_wrong(jobset, path, value, words):
+    assert any(words in problem for problem in problems(changed(jobset, path, value), SCHEMA))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["spec", "replicatedJobs", 0, "replica"], 1),
+        (["spec", "replicatedJobs", 0, "template", "spec", "completions"], "16"),
+        (["spec", "replicatedJobs", 0, "template", "spec", "template", "spec", "nodeselector"], {}),
+        (["spec", "failurePolicy", "rules", 0], {"action": "FailJobSet"}),
+    ],
+)
+def test_the_published_models_refuse_what_is_wrong(jobset, path, value):
+    broken = changed(jobset, path, value)
+    try:
+        assert JobsetV1alpha2JobSet.from_dict(broken).to_dict() != broken
+    except ValueError as error:
+        assert path[-1] in str(error)
 
 
 def test_jobset_runs_one_indexed_worker_per_host_and_does_not_retry_bad_input(jobset):
