@@ -92,12 +92,11 @@ def load(
     places = None if shardings is None else shardings(config)
     read_params = READERS[found.kind].read_params
     try:
-        return Transformer(config), on_large_pages(
-            read_params(found.path, config, shardings=places, dtype=dtype)
-        )
+        params = read_params(found.path, config, shardings=places, dtype=dtype)
     except UserError:
         drop_unfinished_reads()
         raise
+    return Transformer(config), params
 
 
 def describe(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from distillspec_jax.interop.folders import new_folder
 from distillspec_jax.interop.native import model_config
 from distillspec_jax.interop.tensors import check_tensors
 from distillspec_jax.models.config import ModelConfig
+from distillspec_jax.models.cpu_memory import on_large_pages
 from distillspec_jax.models.transformer import Transformer
 
 FOLDER = "checkpoints"
@@ -67,7 +68,8 @@ def read_params(
     handler = ocp.StandardCheckpointHandler()
     try:
         _check(handler.metadata(place), table, str(place))
-        return handler.restore(place, args=ocp.args.StandardRestore(layout.nested(abstract)))
+        arguments = ocp.args.StandardRestore(layout.nested(abstract))
+        return on_large_pages(handler.restore(place, args=arguments))
     except UserError:
         raise
     except Exception as error:  # whatever a damaged file makes Orbax raise

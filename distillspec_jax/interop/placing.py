@@ -7,6 +7,7 @@ tensor. Each tensor is read once and cut to every device's shard while it is the
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from jax.sharding import Sharding
 
 from distillspec_jax.errors import UserError
 from distillspec_jax.interop.layout import Leaf, Part, get, nested
+from distillspec_jax.models.cpu_memory import Room, as_it_lies, rounded
 
 Read = Callable[[Part], np.ndarray]  # a part as "inputs x outputs", in its stored dtype
 Ranges = tuple[tuple[int, int], ...]  # start, stop along every axis
@@ -32,12 +34,20 @@ def assemble(leaves: Iterable[Leaf], read: Read, *, shardings: Any = None, dtype
       shardings: tree of `jax.sharding.Sharding` like the parameters; None: the default device.
       dtype: of the parameters, float32 or bfloat16.
     """
-    stored = checked_dtype(dtype)
-    flat = {}
-    for leaf in leaves:
-        sharding = None if shardings is None else get(shardings, leaf.path)
-        flat[leaf.path] = _place(leaf, read, sharding, stored)
-    return nested(flat)
+    stored, leaves = checked_dtype(dtype), list(leaves)
+    places = {
+        leaf.path: None if shardings is None else get(shardings, leaf.path) for leaf in leaves
+    }
+    size = sum(rounded(math.prod(leaf.shape) * stored.itemsize) for leaf in leaves)
+    room = Room(size if all(map(_is_one_cpu, places.values())) else 0)
+    return nested(
+        {leaf.path: _place(leaf, read, places[leaf.path], stored, room) for leaf in leaves}
+    )
+
+
+def _is_one_cpu(sharding: Sharding | None) -> bool:
+    devices = jnp.zeros(()).devices() if sharding is None else sharding.device_set
+    return [device.platform for device in devices] == ["cpu"]
 
 
 def checked_dtype(dtype: str) -> np.dtype:
@@ -47,11 +57,13 @@ def checked_dtype(dtype: str) -> np.dtype:
     return np.dtype(jnp.dtype(dtype))
 
 
-def _place(leaf: Leaf, read: Read, sharding: Sharding | None, dtype: np.dtype) -> jax.Array:
-    if sharding is None:
-        buffer = np.empty(leaf.shape, dtype)
+def _place(
+    leaf: Leaf, read: Read, sharding: Sharding | None, dtype: np.dtype, room: Room
+) -> jax.Array:
+    if sharding is None or len(sharding.device_set) == 1:
+        buffer = room.empty(leaf.shape, dtype)
         _fill(leaf, read, {tuple((0, n) for n in leaf.shape): buffer})
-        return jnp.asarray(buffer)
+        return as_it_lies(buffer, sharding)
     indices = sharding.addressable_devices_indices_map(leaf.shape)
     places = {device: _ranges(index, leaf.shape) for device, index in indices.items()}
     buffers = {

@@ -8,6 +8,7 @@ for who asks.
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 from typing import Any
 
@@ -18,27 +19,56 @@ PAGE = 2 * 2**20  # bytes; also how much a block must hold to be worth one
 LINE = 64  # bytes of a cache line, and what XLA asks of an array it takes as it lies
 
 
+class Room:
+    """Large pages for arrays of `size` bytes in all, handed out one behind the other.
+
+    They are freed with the last of the arrays. Ordinary memory is handed out where the system has
+    no such pages or the arrays would not fill one.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._rest: np.ndarray | None = None
+        if size >= PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+            self._rest = _block(size)
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An array with arbitrary contents; raises ValueError if the room is used up."""
+        if self._rest is None:
+            return np.empty(shape, dtype)
+        size = math.prod(shape) * dtype.itemsize
+        if size > self._rest.size:
+            raise ValueError(f"{size} bytes are asked for, {self._rest.size} are left")
+        array = self._rest[:size].view(dtype).reshape(shape)
+        self._rest = self._rest[rounded(size) :]
+        return array
+
+
 def on_large_pages(params: Any) -> Any:
-    """A tree of arrays with the same values, those of the CPU moved to one block of large pages.
+    """A tree of arrays with the same values, those of one CPU moved to one block of large pages.
 
     Arrays on other devices, on several, and all of them where the system has no such pages or they
-    would not fill one, are returned as they are. The block is freed with the last of its arrays.
+    would not fill one, are returned as they are.
     """
     leaves, tree = jax.tree.flatten(params)
     del params  # each array can go as soon as it is copied
     mine = [i for i, leaf in enumerate(leaves) if _is_on_one_cpu(leaf)]
-    size = sum(_rounded(leaves[i].nbytes) for i in mine)
-    if size < PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return jax.tree.unflatten(tree, leaves)
-    block, start = _block(size), 0
-    for i in mine:
-        leaf = leaves[i]
-        place = block[start : start + leaf.nbytes].view(leaf.dtype).reshape(leaf.shape)
-        place[...] = leaf
-        sharding = leaf.sharding if leaf.committed else None
-        leaves[i] = jax.device_put(place, sharding, may_alias=True)
-        start += _rounded(leaf.nbytes)
+    size = sum(rounded(leaves[i].nbytes) for i in mine)
+    if size >= PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        room = Room(size)
+        for i in mine:
+            leaf = leaves[i]
+            place = room.empty(leaf.shape, leaf.dtype)
+            place[...] = leaf
+            leaves[i] = as_it_lies(place, leaf.sharding if leaf.committed else None)
     return jax.tree.unflatten(tree, leaves)
+
+
+def as_it_lies(array: np.ndarray, place: Any = None) -> jax.Array:
+    """An array of a CPU that is `array` itself, not a copy; nobody may write to that any more.
+
+    `place` is a device or a sharding of one device; None: the default device.
+    """
+    return jax.device_put(array, place, may_alias=True)
 
 
 def _is_on_one_cpu(leaf: Any) -> bool:
@@ -47,7 +77,8 @@ def _is_on_one_cpu(leaf: Any) -> bool:
     return [device.platform for device in leaf.devices()] == ["cpu"]
 
 
-def _rounded(size: int) -> int:
+def rounded(size: int) -> int:
+    """`size` bytes, up to whole cache lines."""
     return -(-size // LINE) * LINE
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from distillspec_jax.evaluation.latency import side_by_side
 from distillspec_jax.models import cpu_product
 from distillspec_jax.models.config import ModelConfig
+from distillspec_jax.models.cpu_memory import on_large_pages
 from distillspec_jax.models.presets import preset
 from experiments.benchmarks.decode import Config, Found, Row
 from experiments.benchmarks.decode_plain import named, ratio
@@ -44,7 +45,7 @@ def _weights(c: ModelConfig, key: jax.Array) -> list[jax.Array]:
     shapes = [*attention, (c.d_model, gates * c.d_ff), (c.d_ff, c.d_model)] * c.num_decoder_layers
     keys = jax.random.split(key, len(shapes))
     draw = jax.jit(jax.random.normal, static_argnums=1)
-    return [draw(each, shape) for each, shape in zip(keys, shapes, strict=True)]
+    return on_large_pages([draw(each, shape) for each, shape in zip(keys, shapes, strict=True)])
 
 
 def _timed(config: Config, seed: int, weights: list[jax.Array], rows: int) -> Row:

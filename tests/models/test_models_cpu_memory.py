@@ -1,5 +1,6 @@
 """Weights in one block of large pages: the same arrays, elsewhere."""
 
+import functools
 import gc
 import re
 from pathlib import Path
@@ -11,8 +12,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from distillspec_jax import zoo
-from distillspec_jax.models.cpu_memory import LINE, PAGE, on_large_pages
+from distillspec_jax.interop import orbax
+from distillspec_jax.models.cpu_memory import LINE, PAGE, Room, on_large_pages
+from distillspec_jax.models.transformer import Transformer, init_params
 
+KEY = jax.random.key(0)
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -75,6 +79,16 @@ def test_the_system_gives_large_pages_and_takes_them_back():
     assert mapping_of(address) is None
 
 
+def test_a_room_gives_no_more_than_it_has():
+    room = Room(2 * PAGE)
+    first = room.empty((3, 5), np.dtype(np.float32))
+    second = room.empty((PAGE // 4,), np.dtype(np.float32))
+    first[...], second[...] = 1, 2
+    assert first.sum() == 15
+    with pytest.raises(ValueError, match="are left"):
+        room.empty((PAGE // 4,), np.dtype(np.float32))
+
+
 def test_arrays_that_fill_no_page_stay():
     few = {"a": jnp.ones((3, 5)), "b": jnp.ones(7)}
     after = on_large_pages(few)
@@ -110,9 +124,26 @@ def test_arrays_can_be_given_away():
     np.testing.assert_allclose(stepped, kept + 4, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["stories-target", "cpu_target"])
-def test_the_zoo_puts_weights_there(name):
-    leaves = jax.tree.leaves(zoo.load(name)[1])
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    orbax.save(*zoo.load("cpu_target"), workdir, {})
+    return str(workdir)
+
+
+@pytest.mark.parametrize("is_placed", [False, True], ids=["default device", "placed"])
+@pytest.mark.parametrize("name", ["stories-target", "cpu_target", "run"])
+def test_the_zoo_puts_weights_there(name, is_placed, run):
+    """From a folder, a preset's fresh ones and those of a run, also onto a mesh of one device."""
+    name = run if name == "run" else name
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices("cpu")[:1])
+
+    def shardings(config):
+        shapes = jax.eval_shape(functools.partial(init_params, Transformer(config)), KEY)
+        return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes)
+
+    leaves = jax.tree.leaves(zoo.load(name, shardings=shardings if is_placed else None)[1])
+    assert all(isinstance(leaf.sharding, NamedSharding) == is_placed for leaf in leaves)
     places = sorted(map(place, leaves))
     assert places[0] % PAGE == 0
     assert places[-1] - places[0] < sum(leaf.nbytes + LINE for leaf in leaves)
