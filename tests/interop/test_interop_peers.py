@@ -330,7 +330,7 @@ def test_assisted_generation_gives_the_same_text(exported, assisted):
 
 
 def test_as_many_draft_tokens_are_accepted_as_here(transformers, exported, assisted, monkeypatch):
-    """transformers (5.23, 5.24) feeds an encoder-decoder draft its whole text again on top of its cache.
+    """transformers (5.24, too) feeds an encoder-decoder draft its whole text again on its cache.
 
     That is lossless, but spoils the drafts after the first block. Without the cache it is right.
     """
