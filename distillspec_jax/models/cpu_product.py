@@ -31,14 +31,19 @@ def serves(x: jax.Array, weights: jax.Array) -> bool:
     """Whether `product` takes x and weights, and gains by it."""
     if cpu_kernel is None or os.environ.get(OFF) or jax.default_backend() != "cpu":
         return False
-    mesh = jax.sharding.get_abstract_mesh()
     return (
         x.dtype == weights.dtype == jnp.float32
         and x.shape[-2] <= MAX_ROWS
         and (x.shape[-2] > 1 or weights.size >= cpu_kernel.SHARED)
         and weights.shape[-1] % cpu_kernel.LANES == 0
-        and (mesh.empty or mesh.size == 1)
+        and on_one_device()
     )
+
+
+def on_one_device() -> bool:
+    """Whether what is traced is for one device, not for a mesh of several."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

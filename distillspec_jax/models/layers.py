@@ -200,13 +200,17 @@ def multiply(
     x: jax.Array, kernel: jax.Array, transposed: bool = False, dtype: Any = None
 ) -> jax.Array:
     """x [..., K] by a kernel [K, ...], or [F, K] transposed: [..., ...] of `dtype`, x's if None."""
+    if not cpu_product.on_one_device():  # merged axes could not be split as the kernel's are
+        axes = (-1, 1 if transposed else 0)
+        return jnp.tensordot(x, kernel, axes, preferred_element_type=dtype)
     flat = kernel if transposed else kernel.reshape(kernel.shape[0], -1)
     rows = x.reshape(-1, x.shape[-1])
     if cpu_product.serves(rows, flat):
-        outputs = kernel.shape[:1] if transposed else kernel.shape[1:]
-        return cpu_product.product(rows, flat, transposed).reshape(*x.shape[:-1], *outputs)
-    axes = (-1, 1 if transposed else 0)
-    return jnp.tensordot(x, kernel, axes, preferred_element_type=dtype)
+        y = cpu_product.product(rows, flat, transposed)
+    else:
+        y = jnp.tensordot(rows, flat, (1, 1 if transposed else 0), preferred_element_type=dtype)
+    outputs = kernel.shape[:1] if transposed else kernel.shape[1:]
+    return y.reshape(*x.shape[:-1], *outputs)
 
 
 def project(x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
