@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import os
 import re
 import resource
@@ -52,6 +53,12 @@ from experiments.sweep import FinetuneStage, SweepConfig
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def live_arrays():
+    """How many arrays there are, without those that nobody holds any more."""
+    gc.collect()
+    return len(jax.live_arrays())
+
+
 @pytest.fixture
 def config(models):
     return distill.DistillConfig(
@@ -68,9 +75,9 @@ def config(models):
 
 def test_a_plan_says_what_a_run_would_hold(config, capsys):
     plan = planning.planner(distill.prepare)
-    before = len(jax.live_arrays())
+    before = live_arrays()
     assert plan(config, 1.0) is None
-    assert len(jax.live_arrays()) == before
+    assert live_arrays() == before
     out = capsys.readouterr().out
     assert "mesh: 4 devices, data 2 x fsdp 2 x tensor 1" in out
     assert "a step: 8 rows of up to 9 + 11 tokens, 160 in all" in out
@@ -232,12 +239,12 @@ def outlined(one_device):
 
     @functools.cache
     def of(name):
-        before = len(jax.live_arrays())
+        before = live_arrays()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(zoo, "load", refuse)
             patch.setattr(Task, "examples", refuse)
             found = getattr(planning_decoding, f"of_{name}")(one_device[name])
-        assert len(jax.live_arrays()) == before
+        assert live_arrays() == before
         return found
 
     return of
@@ -399,10 +406,10 @@ def test_a_plan_allocates_nothing_and_names_what_would_help(
 ):
     found = outlined(name)
     found = dataclasses.replace(found, programs=found.programs[some])
-    before = len(jax.live_arrays())
+    before = live_arrays()
     plan = planning_decoding.planner(lambda config: found)
     assert plan(None, (found.weights + 1) / planning.GIB) == planning.TOO_LARGE
-    assert len(jax.live_arrays()) == before
+    assert live_arrays() == before
     out = capsys.readouterr().out
     assert f"plan of {name} on one device" in out
     assert f"a call of {call}" in out
