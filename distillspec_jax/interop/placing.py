@@ -18,7 +18,7 @@ from jax.sharding import Sharding
 
 from distillspec_jax.errors import UserError
 from distillspec_jax.interop.layout import Leaf, Part, get, nested
-from distillspec_jax.models.cpu_memory import Room, as_it_lies, rounded
+from distillspec_jax.models.cpu_memory import Room, as_it_lies, is_one_cpu, rounded
 
 Read = Callable[[Part], np.ndarray]  # a part as "inputs x outputs", in its stored dtype
 Ranges = tuple[tuple[int, int], ...]  # start, stop along every axis
@@ -39,15 +39,14 @@ def assemble(leaves: Iterable[Leaf], read: Read, *, shardings: Any = None, dtype
         leaf.path: None if shardings is None else get(shardings, leaf.path) for leaf in leaves
     }
     size = sum(rounded(math.prod(leaf.shape) * stored.itemsize) for leaf in leaves)
-    room = Room(size if all(map(_is_one_cpu, places.values())) else 0)
+    room = Room(size if all(map(_is_on_one_cpu, set(places.values()))) else 0)
     return nested(
         {leaf.path: _place(leaf, read, places[leaf.path], stored, room) for leaf in leaves}
     )
 
 
-def _is_one_cpu(sharding: Sharding | None) -> bool:
-    devices = jnp.zeros(()).devices() if sharding is None else sharding.device_set
-    return [device.platform for device in devices] == ["cpu"]
+def _is_on_one_cpu(sharding: Sharding | None) -> bool:
+    return is_one_cpu(jnp.zeros(()).devices() if sharding is None else sharding.device_set)
 
 
 def checked_dtype(dtype: str) -> np.dtype:

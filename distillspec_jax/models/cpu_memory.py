@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -30,6 +31,11 @@ class Room:
         self._rest: np.ndarray | None = None
         if size >= PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
             self._rest = _block(size)
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it has large pages."""
+        return self._rest is not None
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """An array with arbitrary contents; raises ValueError if the room is used up."""
@@ -52,9 +58,8 @@ def on_large_pages(params: Any) -> Any:
     leaves, tree = jax.tree.flatten(params)
     del params  # each array can go as soon as it is copied
     mine = [i for i, leaf in enumerate(leaves) if _is_on_one_cpu(leaf)]
-    size = sum(rounded(leaves[i].nbytes) for i in mine)
-    if size >= PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        room = Room(size)
+    room = Room(sum(rounded(leaves[i].nbytes) for i in mine))
+    if room.is_large:
         for i in mine:
             leaf = leaves[i]
             place = room.empty(leaf.shape, leaf.dtype)
@@ -64,17 +69,22 @@ def on_large_pages(params: Any) -> Any:
 
 
 def as_it_lies(array: np.ndarray, place: Any = None) -> jax.Array:
-    """An array of a CPU that is `array` itself, not a copy; nobody may write to that any more.
+    """`array` as JAX's: on a CPU itself, not a copy, so nobody may write to it any more.
 
     `place` is a device or a sharding of one device; None: the default device.
     """
     return jax.device_put(array, place, may_alias=True)
 
 
+def is_one_cpu(devices: Iterable[jax.Device]) -> bool:
+    """Whether a CPU is all there is of these devices."""
+    return [device.platform for device in devices] == ["cpu"]
+
+
 def _is_on_one_cpu(leaf: Any) -> bool:
     if not isinstance(leaf, jax.Array) or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
         return False
-    return [device.platform for device in leaf.devices()] == ["cpu"]
+    return is_one_cpu(leaf.devices())
 
 
 def rounded(size: int) -> int:

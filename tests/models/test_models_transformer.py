@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from distillspec_jax.models import cache as caches
-from distillspec_jax.models import transformer
+from distillspec_jax.models import layers, transformer
 from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.models.layers import NEG_INF, relative_buckets
 from distillspec_jax.models.transformer import Transformer
@@ -227,3 +227,16 @@ def test_a_decoder_layer_in_plain_numpy(tiny):
     expected = x[S - 1 : S + T - 1] @ np.asarray(params["head"])
     logits = transformer.score(shallow, params, inputs[:1], targets[:1])[0]
     np.testing.assert_allclose(logits[:, :29], expected[:, :29], atol=1e-4)
+
+
+def test_gradients_of_fused_kernels_are_not_turned_round():
+    """Turned round they are read across by the optimiser: 8 ns a weight on a CPU."""
+    x, kernel = jnp.ones((8, 64, 48)), jnp.ones((48, 3, 4, 16))
+
+    def updated(kernel, x, average):
+        grads = jax.grad(lambda kernel: jnp.sum(jnp.sin(layers.multiply(x, kernel))))(kernel)
+        return kernel - 0.1 * (0.9 * average + grads)
+
+    compiled = jax.jit(updated).lower(kernel, x, kernel).compile().as_text()
+    assert " dot(" in compiled or "__ynn_fusion" in compiled
+    assert " transpose(" not in compiled
