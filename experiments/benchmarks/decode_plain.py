@@ -78,7 +78,7 @@ class Memory:
         )
 
 
-def _reader_of_cores(block: np.ndarray) -> Callable[[], int]:
+def _reader_of_cores(block: np.ndarray) -> Callable[[], Any]:
     cores = len(os.sched_getaffinity(0))
     parts = np.array_split(block.view(np.int64), cores)  # read faster than floats: less to compute
     pool = concurrent.futures.ThreadPoolExecutor(cores)
