@@ -3,11 +3,12 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from distillspec_jax.errors import UserError
-from distillspec_jax.models import transformer
+from distillspec_jax.models import layers, transformer
 from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.models.presets import preset
 from distillspec_jax.models.transformer import Transformer
@@ -115,3 +116,22 @@ def test_state_is_split_as_its_parameters_are():
         jax.tree.map(lambda leaf, place: place.shard_shape(leaf.shape), state, split)  # divides
         assert split.average == split.params == places
     assert split.step.spec == PartitionSpec()
+
+
+@pytest.mark.parametrize("outputs", [(3, 4, 16), (2, 64)])
+def test_a_product_leaves_heads_and_features_where_the_kernel_has_them(outputs):
+    """Merged into one axis with those in front they could not stay split over `tensor`."""
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    rows = PartitionSpec(("data", "fsdp"))
+    split = PartitionSpec("fsdp", None, "tensor")
+
+    def shape(sizes, spec):
+        return jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(layers.multiply).lower(
+            shape((8, 16, 48), rows), shape((48, *outputs), split)
+        )
+    place = lowered.compile().output_shardings
+    rows_of_a_device, _, count, features, *_ = place.shard_shape((8, 16, *outputs))
+    assert (rows_of_a_device, count, features) == (2, outputs[0], outputs[1] // 2)
