@@ -25,7 +25,7 @@ from distillspec_jax.decoding.block_length import FIXED, BlockLength
 from distillspec_jax.errors import UserError
 from distillspec_jax.models.config import check_dtype
 from experiments import door, measuring, planning_decoding
-from experiments.bench import Bench, DraftSampling, open_bench
+from experiments.bench import Bench, DraftSampling, check_seeds, open_bench
 from experiments.workdir import SUMMARY, Workdir, write_json_lines
 
 METRICS = "metrics.jsonl"
@@ -86,6 +86,7 @@ class EvaluateConfig(DraftSampling):
             _at_least(1, f"config.{field}", getattr(self, field))
         _at_least(0, "config.timed_prompts", [self.timed_prompts])
         check_dtype(self.compute_dtype, "config.compute_dtype")
+        check_seeds("config.seed", self.seed)
         seen = [(draft.name, draft.seed) for draft in self.drafts]
         if len(set(seen)) < len(seen):
             raise UserError("config.drafts names a draft twice with one seed; give each its seed")

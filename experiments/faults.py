@@ -39,7 +39,7 @@ _SEED = flags.DEFINE_integer("faults_seed", 0, "of the moments")
 
 CONFIG = "experiments/configs/faults.py"
 INTERRUPTIONS, REPORT = "interruptions.json", "faults.json"
-CLOCKS = ("wall_time", "seconds", "tokens_per_second")
+CLOCKS = ("wall_time", "seconds", "compile_seconds", "tokens_per_second")
 SAVE_SECONDS = 0.1  # about what a save takes: a random part of it passes before the signal
 _MARGIN = 40  # steps at the end without interruptions
 START_SECONDS = 300.0  # a start that takes longer hangs

@@ -31,7 +31,7 @@ from distillspec_jax.models.config import check_dtype
 from distillspec_jax.models.fingerprint import fingerprint
 from distillspec_jax.progress import Progress
 from experiments import door, planning_decoding
-from experiments.bench import Loaded, load, read_prompts
+from experiments.bench import Loaded, check_seeds, load, read_prompts
 from experiments.watching import LOW_EOS_RATE
 from experiments.workdir import Workdir, write_json_lines
 
@@ -60,6 +60,7 @@ class GenerateConfig:
             if getattr(self, field) < 1:
                 raise UserError(f"config.{field} is {getattr(self, field)}, must be at least 1")
         check_dtype(self.compute_dtype, "config.compute_dtype")
+        check_seeds("config.seed", self.seed)
         if self.max_new_tokens < 0:
             raise UserError("config.max_new_tokens must not be negative; 0 is the task's length")
 

@@ -25,7 +25,7 @@ from distillspec_jax.training.metrics import MetricsWriter, Writer
 from distillspec_jax.training.optimizers import OptimizerConfig
 from distillspec_jax.training.state import TrainState
 from experiments import door
-from experiments.bench import Loaded, Shardings
+from experiments.bench import Loaded, Shardings, check_seeds
 from experiments.workdir import Workdir
 
 # What may differ when a run goes on: it changes no number of the training, but by rounding.
@@ -64,8 +64,7 @@ class TrainingConfig:
                 f"config.micro_batches is {self.micro_batches}, must divide the batch size "
                 f"{self.batch_size}"
             )
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"config.seed is {self.seed}, must be within 0 and 2**32 - 1")
+        check_seeds("config.seed", self.seed)
         if not 0 <= self.average_decay < 1:
             raise UserError(f"config.average_decay is {self.average_decay}, must be within [0, 1)")
         check_dtype(self.compute_dtype, "config.compute_dtype")
@@ -231,6 +230,7 @@ class Run:
             "steps": step,
             "ended": result.ended,
             "train_seconds": round(memory.seconds, 2),
+            "compile_seconds": round(memory.compile_seconds, 2),
             "best_step": memory.best_step if memory.best_evaluation else step,
         }
         file = self.workdir.write_summary(summary, seed=seed)

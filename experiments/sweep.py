@@ -34,7 +34,7 @@ from distillspec_jax.models.transformer import Params
 from distillspec_jax.progress import Progress
 from distillspec_jax.training.optimizers import OptimizerConfig
 from experiments import cell_tables, door, planning_decoding
-from experiments.bench import Loaded, check_meeting, load
+from experiments.bench import Loaded, check_meeting, check_seeds, load
 from experiments.cells import CONTROL, SOURCES, Cell, Trainer, slug
 from experiments.watching import LOW_EOS_RATE, DecoderConfig, make_counts
 from experiments.workdir import Workdir, environment, write_json, write_json_lines, write_text
@@ -85,6 +85,9 @@ class SweepConfig:
             if getattr(self, field) < least:
                 raise UserError(f"config.{field} is {getattr(self, field)}, must be >= {least}")
         check_dtype(self.compute_dtype, "config.compute_dtype")
+        check_seeds("config.seeds", *self.seeds)
+        check_seeds("config.finetune.seed", self.finetune.seed)
+        check_seeds("config.decoding_seed", self.decoding_seed)
         if min(self.steps) < 1 or self.finetune.steps < 0:
             raise UserError("config.steps must be at least 1, config.finetune.steps at least 0")
         for cell in self.cells:
@@ -115,6 +118,8 @@ def main(config: SweepConfig, workdir: Path) -> None:
     check_meeting(config.target, config.draft)
     dtype = config.compute_dtype
     target = load(config.target, task, compute_dtype=dtype)
+    if config.task.teacher_data:
+        task.check_teacher(fingerprint(target.model, target.params))
     draft = load(config.draft, task, compute_dtype=dtype, seed=config.finetune.seed)
     with Workdir(workdir, "sweep", config, may_change=DIMENSIONS) as run:
         sweep = _Sweep(config, task, target, draft, run.path)

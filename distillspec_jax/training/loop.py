@@ -7,7 +7,6 @@ import math
 import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any, Protocol
@@ -78,7 +77,9 @@ class Memory:
     evaluation: Figures = dataclasses.field(default_factory=dict)
     window: dict[str, list[float]] = dataclasses.field(default_factory=dict)  # sum, count
     window_seconds: float = 0.0
+    window_tokens: float = 0.0  # of the steps in `window_seconds`
     seconds: float = 0.0  # spent in steps, all starts together
+    compile_seconds: float = 0.0  # spent in the first step of each start, which is compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +138,7 @@ def train(
       name: of the run, in what is printed.
 
     While a step runs, the metrics of the step before are read: the host never waits for the
-    newest step, except before an evaluation and a save.
+    newest step, except for the first one and before an evaluation and a save.
 
     Raises:
       UserError: updates were left out `max_skipped` times in a row, or the data ended.
@@ -195,7 +196,7 @@ class _Loop:
         self._config, self._writer, self._checkpoints = config, writer, checkpoints
         self._hooks = hooks
         self._pending: _Pending | None = None
-        self._recent: deque[tuple[int, list[int]]] = deque(maxlen=config.max_skipped)
+        self._has_compiled = False
         self._clock = time.perf_counter()
 
     @property
@@ -210,6 +211,8 @@ class _Loop:
         packed.copy_to_host_async()
         before, self._pending = self._pending, (step, batch.example_ids, sorted(metrics), packed)
         self._read(before)
+        if not self._has_compiled:  # its time is told apart
+            self._flush()
 
     def between_steps(self, state: TrainState, step: int, *, last: bool) -> None:
         """Evaluates and saves if it is time to."""
@@ -218,6 +221,8 @@ class _Loop:
         if self._hooks.evaluate and (last or step == 0 or (every and step % every == 0)):
             is_best = self._evaluate_now(state, step)
         every = self._config.save_every
+        if last or self.is_stale:
+            self._log_rest(state, step)
         if last or is_best or (every and step and step % every == 0):
             self._save(state, best=is_best)
 
@@ -241,17 +246,40 @@ class _Loop:
         step, example_ids, names, packed = pending
         *pairs, (skipped, skipped_in_row) = np.asarray(packed).tolist()
         metrics = dict(zip(names, pairs, strict=True))
-        now = time.perf_counter()
-        self.memory.seconds += now - self._clock
-        self.memory.window_seconds += now - self._clock
-        self._clock = now
+        self._spend(metrics.get(TOKENS, (0.0, 0.0))[0])
         self._stop_if_diverged(step, example_ids, int(skipped_in_row))
-        for key, (total, count) in metrics.items():
-            old_total, old_count = self.memory.window.get(key, (0.0, 0.0))
-            self.memory.window[key] = [old_total + total, old_count + count]
+        for key, pair in metrics.items():
+            old = self.memory.window.get(key, [0.0, 0.0])
+            # a loss that is not finite belongs to an update that is skipped, and is counted there
+            added = pair if np.isfinite(pair).all() else (0.0, 0.0)
+            self.memory.window[key] = [old[0] + added[0], old[1] + added[1]]
         self._progress.update(step, self._status(metrics))
         if self._config.log_every and step % self._config.log_every == 0:
             self._log(step, int(skipped))
+            memory = self.memory
+            memory.window, memory.window_seconds, memory.window_tokens = {}, 0.0, 0.0
+
+    def _spend(self, tokens: float) -> None:
+        """Counts the time since the clock was read last, and the tokens trained on in it."""
+        memory, now = self.memory, time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        if self._has_compiled:
+            memory.seconds += seconds
+            memory.window_seconds += seconds
+            memory.window_tokens += tokens
+        else:
+            memory.compile_seconds += seconds
+        self._has_compiled = True
+
+    def _log_rest(self, state: TrainState, step: int) -> None:
+        """Writes the record of the steps since the last one, at the end of a run.
+
+        They stay in memory: should the run get more steps, the next record is as if it had not
+        ended here.
+        """
+        self._flush()
+        if self._config.log_every and self.memory.window and self._has_compiled:
+            self._log(step, int(state.skipped))
 
     def _log(self, step: int, skipped: int) -> None:
         memory = self.memory
@@ -259,9 +287,9 @@ class _Loop:
             key: total / count if count else math.nan
             for key, (total, count) in memory.window.items()
         }
-        if TOKENS in memory.window and memory.window_seconds:
-            values["tokens_per_second"] = memory.window[TOKENS][0] / memory.window_seconds
-        values["seconds"] = memory.seconds
+        if memory.window_tokens:
+            values["tokens_per_second"] = memory.window_tokens / memory.window_seconds
+        values["seconds"], values["compile_seconds"] = memory.seconds, memory.compile_seconds
         values["skipped_updates"] = skipped
         if self._hooks.learning_rate is not None:
             values["learning_rate"] = float(self._hooks.learning_rate(step - 1))
@@ -269,30 +297,27 @@ class _Loop:
         line = self._hooks.notice(values) if self._hooks.notice else None
         if line:
             self._progress.say(f"step {step}: {line}")
-        memory.window, memory.window_seconds = {}, 0.0
 
     def _status(self, metrics: Mapping[str, Any]) -> str:
         parts = []
         if "loss" in metrics:
             total, count = metrics["loss"]
             parts.append(f"loss {total / max(count, 1.0):.4f}")
-        if TOKENS in self.memory.window and self.memory.window_seconds:
-            rate = self.memory.window[TOKENS][0] / self.memory.window_seconds
+        if self.memory.window_tokens:
+            rate = self.memory.window_tokens / self.memory.window_seconds
             parts.append(f"{rate:,.0f} tokens/s")
         return ", ".join(parts)
 
     def _stop_if_diverged(self, step: int, example_ids: Any, skipped_in_row: int) -> None:
-        if not skipped_in_row:
-            return
-        self._recent.append((step, [int(i) for i in np.asarray(example_ids)]))
         if skipped_in_row < self._config.max_skipped:
             return
-        first = self._recent[0][0]
         self._checkpoints.wait()
         raise UserError(
-            f"the gradient was not finite in {skipped_in_row} steps in a row, {first} to {step} "
-            f"(examples of step {step}: {self._recent[-1][1]}); lower optimizer.learning_rate or "
-            "look at these examples; the last checkpoint is from before"
+            f"the gradient was not finite in {skipped_in_row} steps in a row, "
+            f"{step - skipped_in_row + 1} to {step} (examples of step {step}: "
+            f"{np.asarray(example_ids).tolist()}); none of them changed a weight; look at these "
+            "examples, or go on in another workdir from the weights of this one with a lower "
+            "config.optimizer.learning_rate"
         )
 
     def _evaluate_now(self, state: TrainState, step: int) -> bool:

@@ -33,8 +33,8 @@ class OptimizerConfig:
     decay_start: int = 0
     floor: float = 0.0  # as a fraction of the peak
     clip_norm: float = 1.0  # of the whole gradient; 0: no clipping
-    weight_decay: float = 0.0  # of matrices; norms and biases never decay
-    b1: float = 0.9
+    weight_decay: float = 0.0  # of matrices, times the learning rate; norms and biases never decay
+    b1: float = 0.9  # adamw, as the next two
     b2: float = 0.98
     epsilon: float = 1e-8
     scale_by_parameter: bool = True  # adafactor: updates relative to the weights' size
@@ -48,6 +48,9 @@ class OptimizerConfig:
             raise UserError(f"learning_rate is {self.learning_rate}, must be above 0")
         if not 0 <= self.floor <= 1:
             raise UserError(f"floor is {self.floor}, must be within 0 and 1 (a part of the peak)")
+        for field in ("scale_by_parameter",) if self.name == "adamw" else ("b1", "b2", "epsilon"):
+            if getattr(self, field) != getattr(OptimizerConfig, field):
+                raise UserError(f"{field} is not a setting of {self.name}: leave it out")
         for field in ("warmup_steps", "decay_start", "clip_norm", "weight_decay"):
             if getattr(self, field) < 0:
                 raise UserError(f"{field} is {getattr(self, field)}, must not be negative")
@@ -94,11 +97,11 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             mask=decayed,
         )
     else:
-        base = optax.adafactor(
-            rate,
-            multiply_by_parameter_scale=config.scale_by_parameter,
-            weight_decay_rate=config.weight_decay or None,
-            weight_decay_mask=decayed,
+        # its own decay would not be scaled by the learning rate, as AdamW's is
+        base = optax.chain(
+            optax.adafactor(multiply_by_parameter_scale=config.scale_by_parameter),
+            optax.add_decayed_weights(-config.weight_decay, decayed),
+            optax.scale_by_learning_rate(rate, flip_sign=False),
         )
     if not config.clip_norm:
         return base

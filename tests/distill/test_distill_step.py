@@ -62,6 +62,26 @@ def plain_forward_kl(params, pair, batch):
     return sequence_mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1), batch.targets)
 
 
+def plain_tempered_jsd(params, pair, batch):
+    """JSD[0.1] of the target at temperature 2 and the draft at 0.5."""
+    log_p = jax.nn.log_softmax(log_probs(pair.target, pair.target_params, batch) / 2)
+    log_q = jax.nn.log_softmax(log_probs(pair.draft, params, batch) / 0.5)
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    log_m = jnp.log(0.1 * p + 0.9 * q)
+    terms = 0.1 * p * (log_p - log_m) + 0.9 * q * (log_q - log_m)
+    return sequence_mean(jnp.sum(terms, -1), batch.targets)
+
+
+def plain_lk_hybrid(params, pair, batch):
+    """lambda KL(p || q) + (1 - lambda) TVD(p, q), lambda = exp(-alpha) constant: eta is 1."""
+    log_p = log_probs(pair.target, pair.target_params, batch)
+    log_q = log_probs(pair.draft, params, batch)
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    weight = jax.lax.stop_gradient(jnp.exp(-jnp.sum(jnp.minimum(p, q), -1)))
+    kl, distance = jnp.sum(p * (log_p - log_q), -1), jnp.sum(jnp.abs(p - q), -1) / 2
+    return sequence_mean(weight * kl + (1 - weight) * distance, batch.targets)
+
+
 def descended(plain_loss, pair, batch):
     """(loss, weights) of one plain step from the pair's draft."""
     loss, grads = jax.jit(jax.value_and_grad(lambda params: plain_loss(params, pair, batch)))(
@@ -104,6 +124,28 @@ def test_distilling_is_gradient_descent_on_the_divergence(
     close(metrics["grad_norm"], (optax.tree.norm(grads), 1), rtol=1e-4)
     close(metrics["rollout_length"], (0, 0))
     close([metrics[f"source_{name}"][0] for name in ("fixed", "draft", "teacher")], [1, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("plain_loss", "changes"),
+    [
+        (
+            plain_tempered_jsd,
+            {"loss": "jsd", "beta": 0.1, "target_temperature": 2.0, "draft_temperature": 0.5},
+        ),
+        (plain_lk_hybrid, {"loss": "lk_hybrid", "eta": 1.0}),
+    ],
+    ids=["jsd", "lk_hybrid"],
+)
+def test_what_a_recipe_says_of_its_loss_is_what_is_descended(
+    plain_loss, changes, pairs, batch, fresh_state, compiled_step
+):
+    kind = "decoder-only"
+    pair, recipe = pairs[kind], recipes.named("supkd", **changes)
+    state, metrics = compiled_step(kind, recipe)(fresh_state(kind), pair.target_params, batch)
+    loss, params = descended(plain_loss, pair, batch)
+    close(state.params, params)
+    close(metrics["loss"], (loss * ROWS, ROWS))
 
 
 def test_likelihood_recipe_is_finetuning(pairs, batch, fresh_state, compiled_step):

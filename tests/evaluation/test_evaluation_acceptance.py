@@ -262,6 +262,8 @@ def test_keys_of_a_draft_by_hand():
     assert keys["acceptance_rate"] == keys["acceptance_rate_blocks"] == pytest.approx(9 / 12)
     assert keys["acceptance_rate_overlap"] == pytest.approx(0.5)
     assert keys["block_efficiency"] == pytest.approx(14 / 6)
+    # calls along texts of 8, 2 and 4 tokens, each of which is accepted with probability 1/2
+    assert keys["block_efficiency_path"] == 14 / (4.65625 + 1.5 + 2.5)
     assert keys["block_efficiency_iid"] == pytest.approx(1 + 0.75 + 0.75**2 + 0.75**3)
     assert keys["accepted_histogram"] == [2, 1, 1, 2]
     assert keys["num_prompts"] == 3

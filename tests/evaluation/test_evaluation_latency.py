@@ -91,6 +91,17 @@ def test_race_measures_rates_of_the_same_prompts_after_a_warm_up(clock):
     assert measured.tokens_per_second(["plain"]).value == pytest.approx(3 / 4)
     speedup = measured.speedup(["fast"], over=["plain"])
     assert (speedup.value, speedup.low, speedup.high) == pytest.approx([8 / 3] * 3)
+    assert measured.keys(["fast"], "plain") == {
+        "tokens_per_second_target": pytest.approx(3 / 4),
+        "tokens_per_second_target_ci95": pytest.approx([3 / 4] * 2),
+        "tokens_per_second_speculative": pytest.approx(2),
+        "tokens_per_second_speculative_ci95": pytest.approx([2] * 2),
+        "speedup_wall_clock": pytest.approx(8 / 3),
+        "speedup_wall_clock_ci95": pytest.approx([8 / 3] * 2),
+        "timed_prompts": 4,
+        "timing_spread": 0,
+        "compile_seconds": 100,
+    }
 
 
 def test_spread_is_that_of_the_repeats(clock):

@@ -167,6 +167,16 @@ def test_the_prediction_is_tau_over_what_a_block_costs():
     }
 
 
+def test_a_text_with_one_changed_token_is_not_equal():
+    batches = np.arange(30).reshape(2, 3, 5)
+    decoders = {
+        "plain": lambda batch: (batch, None),
+        "speculative": lambda batch: (np.where(batch == 19, 77, batch), None),
+    }
+    found = decode_drafted._equal(decoders, batches)
+    assert found == {"speculative_equal_texts": 5, "compared_texts": 6}
+
+
 def test_a_draft_is_timed_beside_none(small):
     summary, records = decode.measure(small, seed=3)
     for key in DRAWN:

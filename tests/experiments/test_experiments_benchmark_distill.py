@@ -2,12 +2,19 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
+from distillspec_jax.data.batch import Batch
+from distillspec_jax.distill.step import make_update
 from distillspec_jax.errors import UserError
 from distillspec_jax.evaluation.latency import Timing
+from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.models.presets import preset
+from distillspec_jax.models.transformer import Transformer, init_params
+from distillspec_jax.training.optimizers import make_optimizer
+from distillspec_jax.training.state import TrainState
 from experiments.benchmarks import distill
 from experiments.benchmarks.distill import Config, Pair
 
@@ -106,6 +113,47 @@ def test_parts_without_their_peers_are_left_out(monkeypatch, capsys):
 def test_unknown_parts_are_refused():
     with pytest.raises(UserError, match=r"unknown part 'torhc'.*did you mean 'torch'"):
         Config(parts=("torhc",))
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("default")
+def test_the_torch_baseline_learns_by_our_loss(monkeypatch):
+    """From our weights on the same texts, before and after one update; every row is a piece."""
+    from experiments.benchmarks import torch_decode, torch_distill
+
+    target, draft = (
+        Transformer(ModelConfig(name, 29, width, 2, 3, 11, 2, layers, **changes))
+        for name, width, layers, changes in (
+            ("target", 7, 2, {"tie_embeddings": True}),
+            ("draft", 5, 1, {"tie_embeddings": True, "gated": False, "activation": "relu"}),
+        )
+    )
+    fresh = jax.jit(init_params, static_argnums=0)
+    params = {
+        model.config.name: fresh(model, jax.random.key(seed))
+        for seed, model in enumerate((target, draft))
+    }
+    rng = np.random.default_rng(3)
+    inputs, targets = (rng.integers(3, 29, (4, n)).astype(np.int32) for n in (5, 6))
+    make = torch_distill.t5_model
+
+    def with_our_weights(config):
+        exported = torch_decode.HuggingFace(Transformer(config), params[config.name])
+        module = make(config)
+        module.load_state_dict(exported._module.state_dict())
+        return module
+
+    monkeypatch.setattr(torch_distill, "t5_model", with_our_weights)
+    theirs = torch_distill.t5_update(draft.config, target.config, inputs, targets)
+    rule = make_optimizer(distill.OPTIMIZER, 1_000)
+    update = jax.jit(make_update(draft, target, distill.recipes.named("supkd"), rule))
+    state = TrainState.create(params["draft"], rule, seed=0)
+    losses = []
+    for _ in range(2):
+        batch = Batch(inputs, targets, np.arange(4, dtype=np.int32))
+        state, metrics = update(state, params["target"], batch)
+        losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+    assert losses == [pytest.approx(theirs(), rel=1e-5) for _ in losses]
 
 
 TAUGHT = ("plain", "with_draft", "plain_step", "step_with_draft")

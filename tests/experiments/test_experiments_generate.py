@@ -12,9 +12,10 @@ from distillspec_jax.data.written import WrittenTexts
 from distillspec_jax.decoding.autoregressive import autoregressive_sample
 from distillspec_jax.errors import UserError
 from distillspec_jax.models.fingerprint import fingerprint
-from experiments import distill, generate
+from experiments import distill, generate, sweep
 from experiments.distill import DistillConfig
 from experiments.generate import GenerateConfig
+from experiments.sweep import SweepConfig
 
 LIMIT, SEED = 11, 4
 
@@ -194,6 +195,25 @@ def test_distill_refuses_texts_of_another_target(run, enter, config_file, tmp_pa
     )
     workdir = tmp_path / "distilled"
     code, _, err = enter(distill.main, DistillConfig, f"--config={path}", f"--workdir={workdir}")
+    assert code == 2
+    assert "were made with another target" in err
+    assert not workdir.exists()
+
+
+def test_sweep_refuses_texts_of_another_target(run, enter, tmp_path, models, task_fields):
+    assert run(target="draft")[0] is None
+    config = {
+        "target": str(models / "target"),
+        "draft": str(models / "draft"),
+        "task": task_fields | {"teacher_data": str(tmp_path / "texts")},
+        "train_splits": ("teacher",),
+    }
+    path, workdir = tmp_path / "sweep.py", tmp_path / "swept"
+    path.write_text(
+        "from ml_collections import ConfigDict\n"
+        f"def get_config():\n    return ConfigDict({config!r})\n"
+    )
+    code, _, err = enter(sweep.main, SweepConfig, f"--config={path}", f"--workdir={workdir}")
     assert code == 2
     assert "were made with another target" in err
     assert not workdir.exists()

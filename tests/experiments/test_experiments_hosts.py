@@ -19,7 +19,7 @@ from distillspec_jax.errors import UserError
 from experiments import door
 
 ROOT = Path(__file__).resolve().parents[2]
-CLOCKS = ("wall_time", "seconds", "tokens_per_second", "train_seconds")
+CLOCKS = ("wall_time", "seconds", "compile_seconds", "tokens_per_second", "train_seconds")
 PYTHON = f"""#!/usr/bin/env bash
 [ "$1 $2" = "-m pip" ] || exec {sys.executable} "$@"
 """

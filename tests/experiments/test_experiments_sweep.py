@@ -19,7 +19,7 @@ from experiments import cells, sweep
 from experiments.bench import Loaded
 from experiments.cell_tables import Results, markdown, summary
 from experiments.cells import Cell, Trained, Trainer
-from experiments.sweep import SweepConfig
+from experiments.sweep import FinetuneStage, SweepConfig
 from experiments.watching import DecoderConfig
 
 OPTIMIZER = OptimizerConfig(learning_rate=0.01, schedule="cosine")
@@ -209,6 +209,8 @@ def test_rows_pool_seeds_and_gains_are_paired(task):
         ({"divergences": ("jds",)}, "unknown loss 'jds'.* did you mean 'jsd'"),
         ({"beta": 1.0}, "beta"),
         ({"seeds": (1, 1)}, "config.seeds must name at least one, and none twice"),
+        ({"seeds": (0, -1)}, "config.seeds is -1, must be within 0"),
+        ({"finetune": FinetuneStage(seed=2**32)}, "config.finetune.seed is 4294967296"),
         ({"steps": (0,)}, "config.steps must be at least 1"),
         ({"batch_size": 0}, "config.batch_size is 0, must be >= 1"),
         ({"divergences": ("nll",), "sources": ("fixed",)}, "name nothing but the control"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -25,10 +26,11 @@ from experiments import distill, finetune, parts, watching
 from experiments.bench import Loaded
 from experiments.distill import DistillConfig, RecipeConfig
 from experiments.finetune import FinetuneConfig
+from experiments.phases import PhasedStep
 from experiments.watching import DecoderConfig, make_decoding
 
 CONFIGS = Path(__file__).resolve().parents[2] / "experiments" / "configs"
-CLOCKS = ("wall_time", "seconds", "tokens_per_second", "train_seconds")
+CLOCKS = ("wall_time", "seconds", "compile_seconds", "tokens_per_second", "train_seconds")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -185,6 +187,58 @@ def test_control_is_the_same_run_by_likelihood(run, tmp_path):
     assert all(r["source_fixed"] == 1 and "acceptance_rate" not in r for r in train)
     assert summary(tmp_path / "run")["recipe"] == "sft"
     assert "block_efficiency_t1" in summary(tmp_path / "run")
+
+
+def test_phases_chunks_and_parts_are_those_asked_for_and_change_no_figure(
+    run, tmp_path, monkeypatch
+):
+    asked = []
+
+    def make_step(*arguments, **settings):
+        asked.append((settings["chunk"], settings["micro_batches"]))
+        return PhasedStep(*arguments, **settings)
+
+    monkeypatch.setattr(distill, "PhasedStep", make_step)
+    short = ("--config.steps=2", "--config.loop.log_every=1")
+    split = ("--config.time_phases=True", "--config.loss_chunk=3", "--config.micro_batches=2")
+    assert run("distill", *short, workdir="whole")[0] is None
+    assert asked == []
+    assert run("distill", *short, *split, workdir="split")[0] is None
+    assert asked == [(3, 2)]
+    whole, phased = records(tmp_path / "whole"), records(tmp_path / "split")
+    train = [record for record in phased if record["kind"] == "train"]
+    assert [record["step"] for record in train] == [1, 2]
+    for phase in ("rollout", "score", "update"):
+        assert all(record[f"{phase}_seconds"] > 0 for record in train)
+        assert not any(f"{phase}_seconds" in record for record in whole)
+    for one, other in zip(whole, phased, strict=True):
+        for key in (key for key in one if not key.endswith("_seconds")):
+            expected = one[key]
+            if isinstance(expected, float):
+                expected = pytest.approx(expected, rel=1e-4)
+            assert other[key] == expected, (one["kind"], one["step"], key)
+
+
+def test_the_length_bucket_reaches_the_batches(stories):
+    """Of like lengths, and cut to the next multiple of it."""
+    jsonl = TaskConfig(
+        name="jsonl",
+        vocabulary="arithmetic_stories",
+        train_file=str(stories / "train.jsonl"),
+        input_length=41,
+        target_length=57,
+    )
+    layout = SimpleNamespace(share=lambda batch_size: (0, 1))
+
+    def widths(bucket):
+        """(Width, length of the longest target) of some batches."""
+        config = FinetuneConfig(model="x", task=jsonl, steps=1, batch_size=4, length_bucket=bucket)
+        batches = parts.train_batches(load_task(jsonl), config, layout)(0)
+        targets = [batch.targets for batch in itertools.islice(batches, 8)]
+        return [(each.shape[1], int((each != 0).sum(axis=1).max())) for each in targets]
+
+    assert {width for width, _ in widths(0)} == {57}
+    assert all(width == -(-longest // 5) * 5 for width, longest in widths(5))
 
 
 def test_configs_of_control_and_distilled_differ_in_the_recipe_alone():

@@ -17,7 +17,7 @@ import numpy as np
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 STEPS, SAVE_EVERY = 60, 2
-CLOCKS = ("wall_time", "seconds", "tokens_per_second")
+CLOCKS = ("wall_time", "seconds", "compile_seconds", "tokens_per_second")
 
 JOB = f"""
 import os, sys, time

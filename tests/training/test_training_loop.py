@@ -14,7 +14,7 @@ from distillspec_jax.errors import UserError
 from distillspec_jax.training import loop as module
 from distillspec_jax.training.loop import NO_HOOKS, LoopConfig, Memory, _Loop
 
-CLOCKS = ("wall_time", "seconds", "tokens_per_second")
+CLOCKS = ("wall_time", "seconds", "compile_seconds", "tokens_per_second")
 
 
 def records(toy, kind=None):
@@ -52,11 +52,34 @@ def test_logs_means_of_sums_and_counts(make_toy):
     toy.step_fn = step_fn
     toy.run(steps=11)
     logged = records(toy, "train")
-    assert [r["step"] for r in logged] == [3, 6, 9]
-    for record in logged:
-        window = losses[record["step"] - 3 : record["step"]]
-        assert record["loss"] == pytest.approx(sum(window) / 21, rel=1e-6)
+    assert [r["step"] for r in logged] == [3, 6, 9, 11]  # the rest, too
+    for record, first in zip(logged, (0, 3, 6, 9), strict=True):
+        window = losses[first : record["step"]]
+        assert record["loss"] == pytest.approx(sum(window) / (7 * len(window)), rel=1e-6)
         assert record["target_length"] == 3.0
+    toy.run(steps=11)
+    assert records(toy, "train") == logged
+
+
+def test_the_first_step_of_a_start_is_no_part_of_the_speed(make_toy, monkeypatch):
+    toy, now = make_toy(), 0.0
+
+    def step_fn(state, batch, real=toy.step_fn):
+        nonlocal now
+        now += 50.0 if int(state.step) in (0, 7) else 2.0  # where a start compiles
+        return real(state, batch)
+
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now)
+    toy.step_fn, toy.hook = step_fn, stop_at(6)
+    settings = {"evaluate": False, "log_every": 4}
+    toy.run(steps=11, **settings)
+    toy.hook = lambda step: None
+    memory = toy.run(steps=11, **settings).memory
+    assert (memory.seconds, memory.compile_seconds) == (2.0 * 9, 50.0 * 2)
+    text = (toy.workdir / "metrics.jsonl").read_text()
+    logged = [json.loads(line) for line in text.splitlines()]
+    assert [r["tokens_per_second"] for r in logged] == [21 / 2] * 3
+    assert [(r["seconds"], r["compile_seconds"]) for r in logged] == [(6, 50), (12, 100), (18, 100)]
 
 
 @pytest.mark.parametrize(("every", "at"), [(5, [0, 5, 10, 13]), (0, [0, 13])])
@@ -97,7 +120,7 @@ def test_reads_a_step_only_after_the_next_one_has_started(monkeypatch):
     loop = _Loop(LoopConfig(log_every=0), Memory(), Silent(), Silent(), Silent(), NO_HOOKS)
     for step in (1, 2, 3):
         loop.took_step(step, NoIds, {"loss": ()}, State)
-    assert order == ["start 1", "start 2", "read 1", "start 3", "read 2"]
+    assert order == ["start 1", "read 1", "start 2", "start 3", "read 2"]  # the first compiles
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -213,7 +236,9 @@ def test_single_bad_gradients_are_skipped_and_counted(make_toy):
     toy.bad_steps = (2, 3, 7)
     result = toy.run(steps=9, max_skipped=3)
     assert result.ended == "finished"
-    assert [r["skipped_updates"] for r in records(toy, "train")] == [1, 2, 3]
+    logged = records(toy, "train")
+    assert [r["skipped_updates"] for r in logged] == [1, 2, 3]
+    assert all(np.isfinite(r["loss"]) for r in logged)  # the mean of the steps that counted
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.state.params))
 
 
@@ -221,15 +246,18 @@ def test_many_bad_gradients_in_a_row_stop_and_say_where(make_toy):
     toy = make_toy()
     toy.bad_steps = (5, 7, 8, 9, 10, 11)
     words = r"3 steps in a row, 8 to 10 \(examples of step 10: \[63, 64, 65, 66, 67, 68, 69\]\)"
-    with pytest.raises(UserError, match=words):
-        toy.run(max_skipped=3)
+    for _ in range(2):  # step 9 is saved, and a restart reads its count
+        with pytest.raises(UserError, match=words):
+            toy.run(max_skipped=3, save_every=9)
 
 
 def test_notices_are_said(make_toy, capsys):
     toy = make_toy()
     toy.notice = lambda figures: "too long" if figures["target_length"] > 2 else None
     toy.run(steps=4, evaluate=False)
-    assert "step 3: too long" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "step 3: too long" in said
+    assert "step 4: too long" in said  # what is left when a run ends
 
 
 def test_end_of_data_is_told(make_toy):

@@ -114,11 +114,18 @@ def test_only_matrices_decay(name):
         "gain": False,
     }
     assert decayed(params) == expected
-    optimizer = make_optimizer(OptimizerConfig(name=name, weight_decay=0.5), STEPS)
     zero = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(zero, optimizer.init(params), params)
-    moved = jax.tree.map(lambda u: bool(jnp.any(u != 0)), updates)
-    assert moved == expected
+    for rate in (0.1, 0.001):
+        settings = {"name": name, "learning_rate": rate, "schedule": "constant"}
+        optimizer = make_optimizer(OptimizerConfig(weight_decay=0.5, **settings), STEPS)
+        updates, _ = optimizer.update(zero, optimizer.init(params), params)
+        jax.tree.map(
+            lambda update, decays, rate=rate: np.testing.assert_allclose(
+                update, -rate * 0.5 * decays, rtol=1e-6
+            ),
+            updates,
+            expected,
+        )
 
 
 @pytest.mark.parametrize(
@@ -129,6 +136,8 @@ def test_only_matrices_decay(name):
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"floor": 1.5}, "within 0 and 1"),
         ({"warmup_steps": -1}, "warmup_steps is -1"),
+        ({"name": "adafactor", "b1": 0.8}, "b1 is not a setting of adafactor"),
+        ({"scale_by_parameter": False}, "scale_by_parameter is not a setting of adamw"),
     ],
 )
 def test_bad_settings_are_refused_in_words(fields, words):
