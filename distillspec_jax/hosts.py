@@ -14,6 +14,7 @@ waits for the others. Later, a host that lives but does not come is named where 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -37,6 +38,7 @@ FAILED = 1  # exit code: an error of this host's own
 LOST = 75  # exit code: another host is missing or died; the job may be started again
 ARRIVALS = ".hosts"  # in the job's folder: one file per host that waits for the others
 _SPOKEN_BEFORE = 30.0  # seconds that this module's time limit is ahead of the engine's own
+_SEEN_SECONDS = 20.0  # until a new file is seen on all hosts: caches of network file systems
 _ERROR_BYTES = 2_000
 _OUT_OF_MEMORY = re.compile("RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
 _COMMUNICATION = re.compile(
@@ -52,10 +54,11 @@ def initialize(folder: Path, environment: Mapping[str, str] = os.environ) -> Non
     """Joins the processes that the environment speaks of; nothing to do for one alone.
 
     Ends the process with exit code LOST and a message that names the hosts that are missing, if
-    they are not all there in time. Raises UserError for an environment that makes no sense.
+    they are not all there in time. Raises UserError for an environment that makes no sense and for
+    a `folder` that is none, or not the same one for all hosts.
     """
     count = environment.get("DISTILLSPEC_HOSTS", "")
-    if not count:
+    if is_one_host(environment):
         return
     limit = _limit(environment)
     arguments: dict[str, Any] = {}
@@ -71,6 +74,8 @@ def initialize(folder: Path, environment: Mapping[str, str] = os.environ) -> Non
             )
         arguments = {"num_processes": expected, "process_id": index}
         me = str(index)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file, must be a folder that all hosts see")
     arrivals = folder / ARRIVALS
     arrivals.mkdir(parents=True, exist_ok=True)
     (arrivals / me).write_text("")
@@ -83,9 +88,47 @@ def initialize(folder: Path, environment: Mapping[str, str] = os.environ) -> Non
             initialization_timeout=int(limit + _SPOKEN_BEFORE),
             heartbeat_timeout_seconds=limit,
         )
+    except ValueError as error:  # of arguments that JAX was to find
+        _take_away(arrivals / me, arrivals, folder)
+        raise UserError(
+            f"DISTILLSPEC_HOSTS is '{count}', and JAX detects no cluster here ({error}); give the "
+            "number of hosts, or leave it out on one host"
+        ) from error
     finally:
         patience.cancel()
     (arrivals / me).unlink(missing_ok=True)  # all are here; a restart must not take it for new
+    _check_shared(folder, min(_SEEN_SECONDS, limit / 2))
+
+
+def is_one_host(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the environment speaks of no other process, as far as it says a number."""
+    count = environment.get("DISTILLSPEC_HOSTS", "")
+    if count == "auto":
+        return _detected(environment)[1] == 1
+    return count in ("", "1")
+
+
+def _check_shared(folder: Path, patience: float) -> None:
+    """Refuses a folder that only looks the same: each host would wait for files of the others."""
+    sign = folder / ARRIVALS / "shared"
+    on_first(lambda: sign.write_text(""))
+    ends = time.monotonic() + patience
+    while not sign.exists() and time.monotonic() < ends:
+        time.sleep(0.5)
+    is_shared = all_true(sign.exists())
+    on_first(lambda: sign.unlink(missing_ok=True))
+    if not is_shared:
+        raise UserError(
+            f"--workdir={folder} is not one folder that all hosts see; give a place on a file "
+            "system that they share"
+        )
+
+
+def _take_away(*paths: Path) -> None:
+    """Removes a file and, if nothing else is in them, the folders it was put into."""
+    with contextlib.suppress(OSError):
+        for path in paths:
+            path.rmdir() if path.is_dir() else path.unlink()
 
 
 def _detected(environment: Mapping[str, str]) -> tuple[str, int | None]:

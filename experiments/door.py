@@ -111,8 +111,12 @@ def _call_plan(plan: Callable[[Any, float | None], int | None] | None, config: A
 
 
 def _join_hosts(workdir: Path, on_hosts: bool) -> None:
-    if not on_hosts and os.environ.get("DISTILLSPEC_HOSTS", "1") != "1":
-        raise UserError("this entrypoint runs on one host; finetune and distill run on several")
+    if not on_hosts and not hosts.is_one_host():
+        raise UserError(
+            f"this entrypoint runs on one host, and DISTILLSPEC_HOSTS is "
+            f"'{os.environ['DISTILLSPEC_HOSTS']}'; start it on one, without that variable "
+            "(finetune and distill run on several)"
+        )
     hosts.initialize(workdir)
 
 

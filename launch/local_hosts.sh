@@ -18,8 +18,12 @@ fi
 [[ $1 =~ ^[1-9][0-9]*$ ]] || fail "N is $1: give the number of hosts, from 1"
 hosts=$1 entrypoint=$2
 shift 2
-make_environment ''
-port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+if [ -n "$dry_run" ]; then
+  python=python port=PORT # nothing is installed to show what would run
+else
+  make_environment ''
+  port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+fi
 
 # Line by line: sed would hold lines back until it has some thousand bytes.
 mark() {

@@ -24,6 +24,7 @@ import functools
 import gc
 import json
 import logging
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -51,6 +52,13 @@ ITEMS = ("params", "training", "description", "loop")
 _NO_DAMAGE = (
     *("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNKNOWN", "INTERNAL"),
     *("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED"),
+)
+
+# What the input can mend, as the system and TensorStore word it.
+_NO_WRITING = re.compile(
+    "No space left|quota exceeded|RESOURCE_EXHAUSTED|permission.denied"
+    "|Operation not permitted|Read-only file system|Not a directory|No such file",
+    re.IGNORECASE,
 )
 
 _Read = tuple[Any, dict[str, Any], dict[str, Any]]  # params, the rest of the state, memory
@@ -147,13 +155,14 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
-        """Turns what a full or broken disk makes Orbax raise, now or behind, into one sentence."""
+        """Turns what a full or closed disk makes Orbax raise, now or behind, into one sentence.
+
+        A fault of the file system that may pass is no bad input: the job may start again.
+        """
         try:
             yield
-        except TimeoutError:  # an OSError, but of a host that others wait for
-            raise
         except (OSError, ValueError) as error:  # TensorStore's are ValueError
-            if hosts.is_of_engine(error):
+            if hosts.is_of_engine(error) or not _NO_WRITING.search(str(error)):
                 raise
             whole = sorted(int(p.name) for p in self._folder.glob("*") if p.name.isdigit())
             kept = f"the one of step {whole[-1]} is whole" if whole else "there is none before it"

@@ -232,6 +232,7 @@ class _Loop:
 
     def _save(self, state: TrainState, *, best: bool) -> None:
         self._flush()
+        self._writer.keep()  # no checkpoint without the records before it
         self._checkpoints.save(state, dataclasses.asdict(self.memory), best=best)
         self._clock = time.perf_counter()
 

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -37,6 +37,9 @@ class Writer:
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         pass
 
+    def keep(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -54,7 +57,7 @@ class MetricsWriter(Writer):
         """Opens the files; records of steps after `resumed_step` are of a past that is undone."""
         path = workdir / JSONL
         drop_records_after(path, resumed_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = _at_end(path)
         self._events = _Events(workdir / EVENTS, resumed_step + 1)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
@@ -67,9 +70,29 @@ class MetricsWriter(Writer):
             step, {f"{kind}/{k}": v for k, v in values.items() if not isinstance(v, list)}
         )
 
+    def keep(self) -> None:
+        """Returns when all records are on the disk: a node that fails later loses none of them.
+
+        The file is closed for it, too: a mounted bucket takes a file only then.
+        """
+        with naming(Path(self._file.name)):
+            os.fsync(self._file.fileno())
+            self._file.close()
+        self._file = _at_end(Path(self._file.name))
+
     def close(self) -> None:
         self._file.close()
         self._events.close()
+
+
+def _at_end(path: Path) -> TextIO:
+    return path.open("a", encoding="utf-8")
+
+
+def _numbers(folder: Path) -> list[int]:
+    """Of the event files in a folder, which TensorBoard reads in this order."""
+    names = [path.name.split(".") for path in folder.glob("events.out.tfevents.*")]
+    return [int(parts[3]) for parts in names if parts[3].isdigit()]
 
 
 class _Events:
@@ -79,7 +102,9 @@ class _Events:
         """Opens a file; TensorBoard hides what earlier ones say of `first_step` and later."""
         folder.mkdir(exist_ok=True)
         now, self._flush_at = time.time(), 0.0
-        name = f"events.out.tfevents.{int(now)}.{socket.gethostname()}"
+        # readers take the files in the order of these numbers; a clock may go back or stand
+        number = max([int(now), *(1 + each for each in _numbers(folder))])
+        name = f"events.out.tfevents.{number}.{socket.gethostname()}"
         self._file: RecordWriter | None = RecordWriter(str(folder / name))
         start = SessionLog(status=SessionLog.START)
         self._append(

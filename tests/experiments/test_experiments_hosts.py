@@ -369,6 +369,75 @@ def test_a_host_that_does_not_come_is_named(environment, config_file, tmp_path):
     assert "error: hosts 1, 2 of 3 did not come within 2 seconds" in done.stderr
 
 
+def test_hosts_with_folders_of_their_own_are_told(environment, config_file, tmp_path):
+    port, config = free_port(), config_file("distill")
+    started = []
+    for host in range(2):
+        variables = environment(
+            1,
+            DISTILLSPEC_HOSTS="2",
+            DISTILLSPEC_HOST=str(host),
+            JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
+            DISTILLSPEC_HOSTS_TIMEOUT="10",
+        )
+        arguments = [f"--config={config}", f"--workdir={tmp_path / str(host)}"]
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "experiments.distill", *arguments],
+                cwd=ROOT,
+                env=variables,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    for host, job in enumerate(started):
+        _, err = job.communicate(timeout=100)
+        assert job.returncode == 2, err
+        assert f"error: --workdir={tmp_path / str(host)} is not one folder that all" in err
+        assert [path.name for path in (tmp_path / str(host)).iterdir()] == [hosts.ARRIVALS]
+
+
+def test_a_file_is_no_workdir_of_several_hosts(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    variables = {"DISTILLSPEC_HOSTS": "auto", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
+    with pytest.raises(UserError, match="file is a file, must be a folder"):
+        hosts.initialize(tmp_path / "file", variables)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_auto_outside_a_cluster_is_told_and_leaves_nothing(tmp_path, monkeypatch):
+    def no_cluster(**_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", no_cluster)
+    with pytest.raises(UserError, match=r"detects no cluster here \(coord.*; give the number"):
+        hosts.initialize(tmp_path / "runs" / "run", {"DISTILLSPEC_HOSTS": "auto"})
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "alone"),
+    [
+        ({}, True),
+        ({"DISTILLSPEC_HOSTS": "1"}, True),
+        ({"DISTILLSPEC_HOSTS": "2"}, False),
+        ({"DISTILLSPEC_HOSTS": "auto", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, True),
+        ({"DISTILLSPEC_HOSTS": "auto", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, False),
+        ({"DISTILLSPEC_HOSTS": "auto"}, False),  # a cluster that does not say how many
+    ],
+)
+def test_an_entrypoint_of_one_host_runs_where_there_is_one(tmp_path, monkeypatch, variables, alone):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("joined"))
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    if alone:
+        door._join_hosts(tmp_path / "run", on_hosts=False)
+    else:
+        with pytest.raises(UserError, match="runs on one host, and DISTILLSPEC_HOSTS is"):
+            door._join_hosts(tmp_path / "run", on_hosts=False)
+    assert not (tmp_path / "run").exists()
+
+
 def arrive(folder, ages):
     for name, age in ages.items():
         (folder / name).write_text("")

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -414,16 +415,18 @@ def test_disk_full_leaves_the_last_good_checkpoint(make_toy, tmp_path):
     [
         TimeoutError("Timed out while waiting for async_write_complete barrier."),
         ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer"),
+        OSError(errno.EIO, os.strerror(errno.EIO)),
+        ValueError("UNAVAILABLE: Error writing: Stale file handle"),
     ],
 )
-def test_a_host_that_is_gone_is_no_fault_of_the_disk(make_toy, monkeypatch, error):
+def test_what_another_start_may_mend_is_no_bad_input(make_toy, monkeypatch, error):
     checkpoints = make_toy().checkpoints()
 
     def late():
         raise error
 
     monkeypatch.setattr(checkpoints._manager, "wait_until_finished", late)
-    with pytest.raises(type(error), match=str(error)[:20]):
+    with pytest.raises(type(error), match=re.escape(str(error))):
         checkpoints.wait()
     monkeypatch.undo()
     checkpoints.close()

@@ -10,6 +10,7 @@ import pytest
 from tensorboardX import record_writer
 from tensorboardX.proto import event_pb2
 
+from distillspec_jax.training import metrics
 from distillspec_jax.training.metrics import MetricsWriter, drop_records_after
 
 
@@ -104,6 +105,32 @@ def test_event_files_hide_the_steps_that_are_undone(tmp_path):
         pass
     [start] = [each for each in events(tmp_path) if each.session_log.status]
     assert (start.step, start.session_log.status) == (5, event_pb2.SessionLog.START)
+
+
+def test_event_files_are_read_in_the_order_of_the_starts(tmp_path, monkeypatch):
+    clock = iter([1_000.0, 1_000.0, 400.0, 2_000.0])  # stands, goes back, goes on
+    for start in range(4):
+        with monkeypatch.context() as patch:
+            now = next(clock)
+            patch.setattr(metrics.time, "time", lambda now=now: now)
+            with MetricsWriter(tmp_path, resumed_step=start - 1) as writer:
+                writer.write("train", start, {"loss": float(start)})
+    files = sorted((tmp_path / "tensorboard").iterdir())
+    assert [path.name.split(".")[3] for path in files] == ["1000", "1001", "1002", "2000"]
+    assert scalars(tmp_path) == {("train/loss", start): float(start) for start in range(4)}
+
+
+def test_kept_records_are_on_the_disk_and_the_next_ones_behind_them(tmp_path, monkeypatch):
+    synced, real = [], metrics.os.fsync
+    monkeypatch.setattr(metrics.os, "fsync", lambda file: synced.append(real(file)))
+    with MetricsWriter(tmp_path) as writer:
+        writer.write("train", 1, {"loss": 1.0})
+        first = writer._file
+        synced.clear()  # the event file has been flushed, too
+        writer.keep()
+        assert (len(synced), first.closed) == (1, True)
+        writer.write("train", 2, {"loss": 2.0})
+    assert [record["step"] for record in read(tmp_path)] == [1, 2]
 
 
 @pytest.mark.parametrize("method", ["write", "close"])
