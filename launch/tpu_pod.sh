@@ -6,8 +6,9 @@
 #
 # Needs gcloud with access to the slice, and on its workers Python 3.11 or 3.12 and the workdir: one
 # folder that all see (Filestore, or a bucket with a hierarchical namespace, mounted by
-# gcsfuse --implicit-dirs --rename-dir-limit=200000: a checkpoint becomes whole by the renaming of
-# its folder). Run it again to resume.
+# gcsfuse --implicit-dirs --rename-dir-limit=200000 --metadata-cache-ttl-secs=0: a checkpoint
+# becomes whole by the renaming of its folder, and no host may remember older files). Run it again
+# to resume.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

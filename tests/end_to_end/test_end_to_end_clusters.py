@@ -250,7 +250,7 @@ def test_jobset_runs_one_indexed_worker_per_host_and_does_not_retry_bad_input(jo
     assert volume["csi"]["volumeAttributes"] == {
         "bucketName": "my-bucket",
         # else gcsfuse renames no folder that holds something, and no checkpoint is committed
-        "mountOptions": "implicit-dirs,rename-dir-limit=200000",
+        "mountOptions": "implicit-dirs,rename-dir-limit=200000,metadata-cache:ttl-secs:0",
     }
     assert job["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
     checked = subprocess.run(["bash", "-n"], input=container["command"][-1], text=True)
