@@ -56,7 +56,9 @@ class RecipeConfig:
 
     def resolve(self) -> recipes.Recipe:
         changes = {key: value for key, value in vars(self).items() if value is not None}
-        return recipes.named(changes.pop("name"), **changes)
+        recipe = recipes.named(changes.pop("name"), **changes)
+        recipes.check_used(recipe, changes)
+        return recipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,16 +72,20 @@ class DistillConfig(parts.TrainingConfig):
     rollout_length: int = 0  # limit of samples; 0: the task's target length
     target_layout: str = "sharded"  # over config.mesh, or "replicated"
     draft_layout: str = "replicated"
-    loss_chunk: int = 0  # positions that have logits at a time; 0: all
     time_phases: bool = False  # log rollout_, score_ and update_seconds; costs a little speed
     decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
     loop: LoopConfig = dataclasses.field(default_factory=lambda: LoopConfig(best_metric=MEAN))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("rollout_length", "loss_chunk"):
-            if getattr(self, field) < 0:
-                raise UserError(f"config.{field} is {getattr(self, field)}, must be at least 0")
+        if self.rollout_length < 0:
+            raise UserError(f"config.rollout_length is {self.rollout_length}, must be at least 0")
+        recipe = self.recipe.resolve()
+        if self.length_bucket and recipe.lambda1 == 0:
+            raise UserError(
+                "config.length_bucket groups examples by the length of their references, and "
+                f"recipe '{recipe.name}' reads none (lambda1 is 0): leave it out"
+            )
 
 
 def main(config: DistillConfig, workdir: Path) -> int | None:
@@ -162,7 +168,12 @@ def _main(config: DistillConfig, workdir: Path, layout: Layout) -> int | None:
             hooks=hooks,
             name="distill",
         )
-        figures = {"gamma": config.decoder.gamma, "recipe": recipe.name}
+        held_out = len(task.examples(config.validation_split))
+        figures = {
+            "gamma": config.decoder.gamma,
+            "recipe": recipe.name,
+            "num_prompts": min(config.decoder.num_prompts, held_out),
+        }
         return run.finish(result, seed=config.seed, figures=figures)
 
 

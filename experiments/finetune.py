@@ -66,6 +66,7 @@ def prepare(
         optimizer,
         dropout=config.dropout,
         reduction=config.reduction,
+        chunk=config.loss_chunk or None,
         micro_batches=config.micro_batches,
         state_shardings=parts.places(state),
     )

@@ -47,6 +47,7 @@ class TrainingConfig:
     train_split: str = "train"
     validation_split: str = "validation"
     validation_examples: int = 500
+    loss_chunk: int = 0  # positions that have logits at a time; 0: all
     length_bucket: int = 0  # above 0: like lengths share a batch (pipeline.batches)
     micro_batches: int = 1  # parts that a batch is computed in, to save memory
     average_decay: float = 0.0  # of the moving average of weights; 0: none
@@ -59,6 +60,9 @@ class TrainingConfig:
         for field in ("steps", "batch_size", "validation_examples", "micro_batches"):
             if getattr(self, field) < 1:
                 raise UserError(f"config.{field} is {getattr(self, field)}, must be at least 1")
+        for field in ("loss_chunk", "length_bucket"):
+            if getattr(self, field) < 0:
+                raise UserError(f"config.{field} is {getattr(self, field)}, must be at least 0")
         if self.batch_size % self.micro_batches:
             raise UserError(
                 f"config.micro_batches is {self.micro_batches}, must divide the batch size "

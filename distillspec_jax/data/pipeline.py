@@ -179,14 +179,16 @@ class _Encoder:
     def _pieces(self, index: int, example: Example | EncodedExample) -> tuple[list[int], list[int]]:
         """The pieces of one example, checked against the lengths or cut to them."""
         end = [self.vocabulary.eos_id]
+        own_end = end
         if isinstance(example, EncodedExample):
             source, target = example
+            own_end = []  # its writer did not end it where it is cut
         else:
             source = self.vocabulary.encode(example.input) + end * self.input_eos
             target = self.vocabulary.encode(example.target) + end
         if self.truncate:
             source = _cut(source, self.input_length, end * self.input_eos)
-            target = _cut(target, self.target_length, end)
+            target = _cut(target, self.target_length, own_end)
         sides = (("input", source, self.input_length), ("target", target, self.target_length))
         excess = [
             f"{len(pieces)} {side} pieces, where {side}_length is {length}"

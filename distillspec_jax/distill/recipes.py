@@ -6,6 +6,7 @@ Source of the table: arXiv 2310.08461 (DistillSpec), table 1 and algorithm 1.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from distillspec_jax.distill import divergences
@@ -117,6 +118,31 @@ RECIPES: dict[str, Recipe] = {
         ),  # Hu, arXiv 2510.19779
     )
 }
+
+
+# Fields that only some recipes look at: whose they are, and whether a recipe is such a one.
+_BELONGS: dict[str, tuple[str, Callable[[Recipe], bool]]] = {
+    "beta": ("loss 'jsd'", lambda r: r.loss == "jsd"),
+    "eta": ("loss 'lk_hybrid'", lambda r: r.loss == "lk_hybrid"),
+    "target_temperature": ("a divergence as loss", lambda r: r.needs_target_scores),
+    "draft_temperature": ("a divergence as loss", lambda r: r.needs_target_scores),
+    "lambda2": ("samples, lambda1 below 1", lambda r: r.lambda1 < 1),
+    "rollout_temperature": ("samples, lambda1 below 1", lambda r: r.lambda1 < 1),
+    "interleave_top_k": ("the draft's samples", lambda r: r.lambda1 < 1 and r.lambda2 > 0),
+    "teacher_gamma": ("the target's samples", lambda r: r.lambda1 < 1 and r.lambda2 < 1),
+}
+
+
+def check_used(recipe: Recipe, fields: Iterable[str]) -> None:
+    """Refuses fields that were set for a recipe which never looks at them."""
+    for field in fields:
+        belongs_to, uses = _BELONGS.get(field, ("", lambda _: True))
+        if not uses(recipe):
+            raise UserError(
+                f"{field} belongs to {belongs_to}: recipe '{recipe.name}' has loss "
+                f"'{recipe.loss}', lambda1 {recipe.lambda1:g} and lambda2 {recipe.lambda2:g}; "
+                "leave it out or change those"
+            )
 
 
 def named(name: str, **changes: Any) -> Recipe:

@@ -7,7 +7,7 @@ import pytest
 
 from distillspec_jax.data import pipeline
 from distillspec_jax.data.batch import Batch
-from distillspec_jax.data.examples import Example
+from distillspec_jax.data.examples import EncodedExample, Example
 from distillspec_jax.data.jsonl import JsonlExamples
 from distillspec_jax.data.vocabulary import Vocabulary
 from distillspec_jax.errors import UserError
@@ -90,6 +90,12 @@ def test_drawing_truncated():
 def test_truncated_inputs_keep_their_end():
     batch = next(evaluate(FIVE[2:3], batch_size=1, truncate=True, input_eos=True))
     assert batch.inputs.tolist() == [[9, 10, 1]]
+
+
+def test_a_written_text_is_cut_without_an_end_of_its_own():
+    texts = [EncodedExample([9, 10, 11], [5, 6, 7, 8])]
+    batch = next(evaluate(texts, batch_size=1, truncate=True, input_length=2, target_length=3))
+    assert (batch.inputs.tolist(), batch.targets.tolist()) == ([[9, 10]], [[5, 6, 7]])
 
 
 def test_drawing_of_an_evaluation():

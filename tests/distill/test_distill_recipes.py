@@ -67,3 +67,26 @@ def test_bad_recipes_are_refused_in_words(name, changes, message):
 
 def test_a_beta_that_is_not_used_is_not_judged():
     assert recipes.named("gkd", beta=1.0).loss == "forward_kl"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("gkd", {"beta": 0.1}, "beta belongs to loss 'jsd': recipe 'gkd' has loss 'forward_kl'"),
+        ("distillspec", {"eta": 1.0}, "eta belongs to loss 'lk_hybrid'"),
+        ("seqkd", {"target_temperature": 3.0}, "belongs to a divergence as loss"),
+        ("supkd", {"rollout_temperature": 0.5}, "belongs to samples, lambda1 below 1"),
+        ("seqkd", {"interleave_top_k": 25}, "belongs to the draft's samples"),
+        ("distillspec", {"teacher_gamma": 5}, "teacher_gamma belongs to the target's samples"),
+        ("gkd", {"loss": "jsd", "beta": 0.1}, None),
+        ("distillspec", {"lambda1": 0.5, "lambda2": 0.5, "teacher_gamma": 5}, None),
+        ("skd", {"interleave_top_k": 10, "keep_fraction": 0.5}, None),
+    ],
+)
+def test_what_a_recipe_never_looks_at_is_not_set(name, changes, words):
+    recipe = recipes.named(name, **changes)
+    if words is None:
+        recipes.check_used(recipe, changes)
+    else:
+        with pytest.raises(UserError, match=words):
+            recipes.check_used(recipe, changes)
