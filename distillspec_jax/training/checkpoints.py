@@ -40,7 +40,7 @@ from orbax.checkpoint import checkpoint_managers
 
 import distillspec_jax
 from distillspec_jax import hosts
-from distillspec_jax.errors import UserError
+from distillspec_jax.errors import UserError, naming
 from distillspec_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
@@ -94,10 +94,13 @@ class Checkpoints:
         Writing goes on behind; an error of it is raised by the next call of this object.
         """
         step = int(state.step)
-        if step in self._manager.all_steps():
-            return
         if best:
             self._best.step = step
+        if step in self._manager.all_steps():
+            if best:  # it was saved before it could be evaluated
+                self.wait()
+                hosts.on_first(lambda: _mark_best(self._folder / str(step)))
+            return
         params, training = _split(state)
         training["checksums"] = checksums((params, training))
         args = ocp.args.Composite(
@@ -299,6 +302,16 @@ def chosen_step(workdir: Path) -> int:
         raise UserError(f"there is no checkpoint in {folder}")
     best = [step for step in steps if _says_best(folder / str(step))]
     return max(best or steps)
+
+
+def _mark_best(checkpoint: Path) -> None:
+    """Has the description of a whole checkpoint say that it is the best."""
+    metadata = checkpoint / "description" / "metadata"
+    stored = json.loads(metadata.read_text("utf-8")) | {"best": True}
+    changed = metadata.with_suffix(".tmp")
+    with naming(changed):
+        changed.write_text(json.dumps(stored), "utf-8")
+    changed.replace(metadata)
 
 
 def _json(place: Path) -> dict[str, Any]:

@@ -159,12 +159,16 @@ def train(
         loop = _Loop(config, memory, writer, progress, checkpoints, hooks)
         loop.between_steps(state, step, last=step >= steps)
         stream = batches(step) if step < steps else iter(())
-        while step < steps and not stop.is_asked(step) and not loop.is_stale:
+        is_asked = stop.is_asked(step)
+        while step < steps and not is_asked and not loop.is_stale:
             batch = _next(stream, step)
             state, metrics = step_fn(state, hooks.place(batch))
             step += 1
             loop.took_step(step, batch, metrics, state)
-            loop.between_steps(state, step, last=step >= steps)
+            # before an evaluation, which may take longer than the notice; the next start makes it
+            is_asked = step < steps and stop.is_asked(step)
+            if not is_asked:
+                loop.between_steps(state, step, last=step >= steps)
         ended = "finished" if step >= steps else "signal" if stop.asked else "early"
         loop.finish(state, step)
     return Result(state, ended, loop.memory)

@@ -12,6 +12,7 @@ import pytest
 
 from distillspec_jax.errors import UserError
 from distillspec_jax.training import loop as module
+from distillspec_jax.training.checkpoints import chosen_step
 from distillspec_jax.training.loop import NO_HOOKS, LoopConfig, Memory, _Loop
 
 CLOCKS = ("wall_time", "seconds", "compile_seconds", "tokens_per_second")
@@ -142,6 +143,25 @@ def test_stopped_and_resumed_is_uninterrupted(make_toy, number):
     before = (parts.workdir / "metrics.jsonl").read_bytes()
     assert_same_run(parts.run(steps=20, best_metric="size", best_mode="min"), expected)
     assert (parts.workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_stop_comes_before_an_evaluation_which_the_next_start_makes(make_toy):
+    """The notice may be shorter than the evaluation; what it finds to be best is marked then."""
+    whole, parts = make_toy("whole"), make_toy("parts")
+    settings = {"steps": 7, "best_metric": "size", "best_mode": "min"}
+    expected = whole.run(**settings)
+    parts.hook = stop_at(4)
+    assert parts.run(**settings).state.step == 5
+    assert [r["step"] for r in records(parts, "eval")] == [0]
+    assert chosen_step(parts.workdir) == 0
+    parts.hook = stop_at(5)
+    assert parts.run(**settings).state.step == 6
+    assert [r["step"] for r in records(parts, "eval")] == [0, 5]
+    assert chosen_step(parts.workdir) == 5
+    parts.hook = lambda step: None
+    assert_same_run(parts.run(**settings), expected)
+    assert records(parts) == records(whole)
+    assert chosen_step(parts.workdir) == chosen_step(whole.workdir)
 
 
 def test_error_in_a_step_leaves_a_run_that_goes_on(make_toy):
