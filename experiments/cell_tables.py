@@ -102,9 +102,10 @@ def summary(rows: list[Row], decoder: DecoderConfig) -> Row:
             key: best[key] for key in ("name", "train_split", "steps")
         }
         for name in GAINS:
-            for end in ("", "_ci95"):
+            for end in ("", "_ci95"):  # one prompt has no interval
                 key = f"gain_over_{name}"
-                found[f"{key}_t{temperature:g}{end}"] = best[key + end]
+                if key + end in best:
+                    found[f"{key}_t{temperature:g}{end}"] = best[key + end]
     return found
 
 
@@ -159,12 +160,13 @@ def _curve(rows: list[Row]) -> str:
 
 
 def _tau(row: Row) -> str:
-    low, high = row["block_efficiency_ci95"]
-    return f"{row['block_efficiency']:.2f} [{low:.2f}, {high:.2f}]"
+    interval = row.get("block_efficiency_ci95")
+    bounds = f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
+    return f"{row['block_efficiency']:.2f}{bounds}"
 
 
 def _gain(row: Row, key: str) -> str:
     if key not in row:
         return ""
-    low, high = (100 * (bound - 1) for bound in row[f"{key}_ci95"])
-    return f"{100 * (row[key] - 1):+.0f} % [{low:+.0f}, {high:+.0f}]"
+    low_high = [f"{100 * (bound - 1):+.0f}" for bound in row.get(f"{key}_ci95", ())]
+    return f"{100 * (row[key] - 1):+.0f} %" + f" [{', '.join(low_high)}]" * bool(low_high)

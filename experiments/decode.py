@@ -166,7 +166,7 @@ def _summary(
         **about,
         "gamma": config.gamma,
         **config.draft_options,
-        "lossless": config.lenience.is_exact,
+        "lossless": all(answer.lossless for answer in answers),
         **ratio(counts["emitted"], counts["calls"]).keys("block_efficiency"),
         **ratio(counts["accepted"], counts["tested"]).keys("acceptance_rate"),
         "tokens_per_second_speculative": rate,
@@ -176,11 +176,18 @@ def _summary(
 def _say(summary: dict[str, Any], path: Path) -> None:
     for key in ("block_efficiency", "acceptance_rate"):
         if key in summary:
-            low, high = summary[f"{key}_ci95"]
-            print(f"{key}: {summary[key]:.3g} [{low:.3g}, {high:.3g}]")
+            print(f"{key}: {_figure(summary, key)}")
     [rate] = (value for key, value in summary.items() if key.startswith("tokens_per_second"))
     print(f"tokens per second: {rate:,.0f}, {summary['num_prompts']} prompts")
     print(f"files: {path} ({OUTPUTS}, {METRICS}, summary.json)")
+
+
+def _figure(summary: dict[str, Any], key: str) -> str:
+    """A figure with its interval, which one prompt does not give."""
+    if f"{key}_ci95" not in summary:
+        return f"{summary[key]:.3g} (n=1)"
+    low, high = summary[f"{key}_ci95"]
+    return f"{summary[key]:.3g} [{low:.3g}, {high:.3g}]"
 
 
 def _with_flags(config: DecodeConfig) -> DecodeConfig:

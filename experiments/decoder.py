@@ -36,6 +36,7 @@ from experiments.bench import DraftSampling, Loaded, check_meeting, load
 
 ORIGINS = {ACCEPTED: "accepted", CORRECTED: "corrected", BONUS: "bonus"}
 STYLES = {ACCEPTED: "green", CORRECTED: "bold red", BONUS: "bold blue"}
+BROKEN = "\ufffd"  # what decoding puts for bytes that are no character, or not yet
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -265,10 +266,12 @@ class Decoder:
 
 
 def coloured(answer: Answer, vocabulary: Vocabulary) -> Text:
-    """The text with each token in the colour of its origin."""
+    """The text with each token in the colour of its origin; bytes wait for their character."""
     text, shown = Text(), ""
     for count, origin in enumerate(answer.origins or [], 1):
         longer = vocabulary.decode(answer.tokens[:count])
+        if longer.endswith(BROKEN) and count < len(answer.tokens):
+            continue  # the next byte may make it another character
         text.append(longer[len(shown) :], STYLES[origin])
         shown = longer
     return text if answer.origins else Text(answer.output)

@@ -173,8 +173,9 @@ def _say(summary: dict[str, Any], path: Path) -> None:
 
 
 def _figure(row: dict[str, Any], key: str) -> str:
-    low, high = row[f"{key}_ci95"]
-    return f"{key} {row[key]:.3g} [{low:.3g}, {high:.3g}]"
+    interval = row.get(f"{key}_ci95")  # one prompt has none
+    bounds = f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else " (one prompt)"
+    return f"{key} {row[key]:.3g}{bounds}"
 
 
 if __name__ == "__main__":

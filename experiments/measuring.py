@@ -61,7 +61,9 @@ class Results:
         for gain in self.gains:
             key = f"{gain['figure']}_over_{gain['over']}_t{gain['temperature']:g}"
             if key not in flat:  # the first gamma's, as the row's
-                flat |= {key: gain["gain"], f"{key}_ci95": gain["gain_ci95"]}
+                flat |= {
+                    key + end: gain["gain" + end] for end in ("", "_ci95") if "gain" + end in gain
+                }
         return {**flat, "drafts": self.drafts, "pooled": self.pooled, "gains": self.gains}
 
 

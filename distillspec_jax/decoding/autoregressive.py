@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from distillspec_jax.decoding import keys
+from distillspec_jax.decoding.checks import check_count, check_finite, check_request
 from distillspec_jax.decoding.sampling import STANDARD, Sampling, draw
-from distillspec_jax.errors import UserError
 from distillspec_jax.models.cache import Cache
 from distillspec_jax.models.transformer import Params, Transformer, extend, start
-
-Array = jax.Array | np.ndarray
 
 
 class Generation(struct.PyTreeNode):
@@ -112,10 +109,12 @@ def autoregressive_sample(
 ) -> Generation:
     """`generate`, compiled once per shape, with its input and its output checked on the host.
 
-    Raises UserError for an empty prompt, a limit below 1, or NaN from the model.
+    Raises UserError for prompts that are not right-padded ids of the model, row ids that do not
+    fit them, a limit below 1, or NaN from the model.
     """
+    check_count("max_new_tokens", max_new_tokens)
+    check_request(inputs, row_ids, [model.config])
     row_ids = keys.default_row_ids(inputs, row_ids)
-    check_request(inputs, row_ids, model.config.pad_id, max_new_tokens)
     settings = {"sampling": sampling, "max_new_tokens": max_new_tokens}
     output = _compiled_generate(model, params, inputs, rng, **settings, row_ids=row_ids)
     check_finite(output.finite, f"model '{model.config.name}'")
@@ -125,23 +124,3 @@ def autoregressive_sample(
 _compiled_generate = jax.jit(
     generate, static_argnums=0, static_argnames=("sampling", "max_new_tokens")
 )
-
-
-def check_request(inputs: Array, row_ids: Array, pad_id: int, max_new_tokens: int) -> None:
-    """Raises UserError unless every prompt has a token and the limit is at least 1."""
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    if inputs.ndim != 2 or 0 in inputs.shape:
-        raise UserError(f"inputs have shape {inputs.shape}; expected [batch, length], both >= 1")
-    if not getattr(inputs, "is_fully_addressable", True):
-        return  # rows of other hosts; each host checks its own where it reads them
-    empty = np.all(np.asarray(inputs) == pad_id, axis=1) & (np.asarray(row_ids) >= 0)
-    if empty.any():
-        rows = ", ".join(map(str, np.flatnonzero(empty)[:5]))
-        raise UserError(f"empty prompt in row {rows}: every prompt needs at least one token")
-
-
-def check_finite(finite: jax.Array, who: str) -> None:
-    """Raises UserError if a row's flag [B] says that `who` gave NaN."""
-    if not bool(jnp.all(finite)):
-        raise UserError(f"{who} gave NaN logits; its weights are broken (NaN or far too large)")

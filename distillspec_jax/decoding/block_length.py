@@ -13,12 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distillspec_jax.decoding.checks import check_count
 from distillspec_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockLength:
     """When a row stops drafting, within the static maximum gamma. The last token is kept.
+
+    q is what the draft drew from; of a greedy draft, its softmax at temperature 1.
 
     min_confidence: stop after a token with q(x) below this; 0 never stops. The transformers
         library takes 0.4.
@@ -37,15 +40,14 @@ class BlockLength:
             raise UserError(f"min_confidence is {self.min_confidence}; it must be in [0, 1]")
         if not self.max_entropy >= 0:
             raise UserError(f"max_entropy is {self.max_entropy}; it must be 0 (off) or more nats")
-        if self.schedule_start < 0:
-            raise UserError(f"schedule_start is {self.schedule_start}; it must be 0 (off) or more")
+        check_count("schedule_start", self.schedule_start, least=0)
 
 
 FIXED = BlockLength()
 
 
 def keeps_drafting(rule: BlockLength, draft_probs: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Whether to draft on after tokens [B] drawn from draft_probs [B, V]: [B] bool."""
+    """Whether to draft on after tokens [B], by the draft's distributions [B, V]: [B] bool."""
     goes_on = jnp.ones(tokens.shape, bool)
     if rule.min_confidence > 0:
         confidence = jnp.take_along_axis(draft_probs, tokens[:, None], axis=1)[:, 0]
@@ -107,14 +109,15 @@ def tune(
     return Tuning(max(gammas, key=lambda gamma: speedups[gamma]), speedups)
 
 
-def efficiency_by_gamma(accepted_histogram: Sequence[int] | np.ndarray) -> dict[int, float]:
+def efficiency_by_gamma(emitted_histogram: Sequence[int] | np.ndarray) -> dict[int, float]:
     """tau for every gamma up to G from blocks decoded at gamma = G.
 
-    tau(gamma) = 1 + sum_{i <= gamma} P(at least i accepted), with the blocks that began where
-    they did at G; for token and for block verification, as both accept i tokens or more with a
-    probability that does not depend on gamma >= i. accepted_histogram: [G + 1] blocks by number
-    of accepted tokens, summed over rows.
+    tau(gamma) = sum_{i <= gamma + 1} P(at least i emitted), with the blocks that began where they
+    did at G; for token and for block verification, as both accept i tokens or more with a
+    probability that does not depend on gamma >= i. At G it is emitted tokens over target calls.
+    emitted_histogram: [G + 1] blocks by number of emitted tokens, from 1 on, summed over rows; an
+    accepted end-of-sequence has no token behind it, so accepted lengths would not do.
     """
-    histogram = np.asarray(accepted_histogram, np.float64)
-    at_least = np.cumsum(histogram[::-1])[::-1][1:] / histogram.sum()
-    return {i + 1: float(1 + at_least[: i + 1].sum()) for i in range(len(at_least))}
+    histogram = np.asarray(emitted_histogram, np.float64)
+    at_least = np.cumsum(histogram[::-1])[::-1] / histogram.sum()
+    return {gamma: float(at_least[: gamma + 1].sum()) for gamma in range(1, len(at_least))}

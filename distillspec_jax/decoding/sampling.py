@@ -12,9 +12,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from distillspec_jax.decoding.checks import check_count
 from distillspec_jax.errors import UserError
 
 CDF_BLOCK = 128  # entries of a vocabulary whose running sum is formed at a time
+_SMALLEST_NORMAL = float(jnp.finfo(jnp.float32).tiny)  # anything below is 0 to XLA, no divisor
 _ONE_BITS = 0x3F800000  # float32 1.0; positive floats order as their bits do
 
 
@@ -35,8 +37,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or positive")
-        if self.top_k < 0 or self.top_k != int(self.top_k):
-            raise UserError(f"top_k is {self.top_k}; it must be 0 (off) or a positive integer")
+        check_count("top_k", self.top_k, least=0)
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it must be in (0, 1], 1 being off")
 
@@ -56,11 +57,14 @@ def process(logits: jax.Array, sampling: Sampling) -> jax.Array:
     logits = logits.astype(jnp.float32)
     if sampling.is_greedy:
         return _one_hot_argmax(logits)
-    scaled = logits / sampling.temperature
+    # the maximum goes first: a logit over a tiny temperature is infinite, and inf - inf NaN
+    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+    scaled = shifted / max(sampling.temperature, _SMALLEST_NORMAL)
     if 0 < sampling.top_k < logits.shape[-1]:
         kth = jax.lax.top_k(scaled, sampling.top_k)[0][..., -1:]
         scaled = jnp.where(scaled < kth, -jnp.inf, scaled)  # a NaN stays and spreads
-    probs = jax.nn.softmax(scaled, axis=-1)
+    weights = jnp.exp(scaled)
+    probs = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return probs if sampling.top_p == 1 else _nucleus(probs, sampling.top_p)
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distillspec_jax.decoding.autoregressive import check_finite, check_request
+from distillspec_jax.decoding.checks import check_count, check_finite, check_request
 from distillspec_jax.decoding.speculative import advance, begin, output_of
 from distillspec_jax.decoding.state import Speculation, SpeculativeOutput, State
 from distillspec_jax.errors import UserError
@@ -39,16 +39,18 @@ def slot_sample(
     fewer reads of prompts. None takes an eighth of the slots, and no more slots than prompts.
     `report` is told how many texts are finished, now and then. Compiles three functions per shape
     and settings. `statistics.draft_steps` depends on the company, the rest does not. Raises
-    UserError as `speculative_sample` does.
+    UserError as `speculative_sample` does, and for row ids below 0, which mark empty slots here.
     """
+    check_count("slots", slots)
+    check_request(inputs, row_ids, speculation.configs, lowest_id=0)
     if refill is None:
         slots = min(slots, len(inputs))
         refill = max(1, slots // 8)
-    if not 1 <= refill <= slots:
+    check_count("refill", refill)
+    if refill > slots:
         raise UserError(f"refill is {refill}; it must be between 1 and the {slots} slots")
     row_ids = np.arange(len(inputs)) if row_ids is None else np.asarray(row_ids)
     pad_id = speculation.target.config.pad_id
-    check_request(inputs, row_ids, pad_id, speculation.max_new_tokens)
     params = target_params, draft_params
 
     def prompts(first: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

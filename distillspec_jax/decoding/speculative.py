@@ -28,7 +28,6 @@ import jax
 import jax.numpy as jnp
 
 from distillspec_jax.decoding import keys
-from distillspec_jax.decoding.autoregressive import check_finite, check_request
 from distillspec_jax.decoding.block_length import (
     FIXED,
     BlockLength,
@@ -36,6 +35,7 @@ from distillspec_jax.decoding.block_length import (
     keeps_drafting,
     next_allowance,
 )
+from distillspec_jax.decoding.checks import check_finite, check_request
 from distillspec_jax.decoding.lenience import Lenience
 from distillspec_jax.decoding.multi_draft import by_row, follow, k_seq_rule, per_draft, share_cache
 from distillspec_jax.decoding.sampling import STANDARD, Sampling, draw, process
@@ -87,7 +87,8 @@ def speculative_sample(
 
     Compiled once per shape and settings (`Speculation` explains them), with input and output
     checked on the host; inside a jitted function use `speculate`. Raises UserError for settings
-    out of range, models of different kind or vocabulary, an empty prompt, or NaN from a model.
+    out of range, models of different kind or vocabulary, prompts that are not right-padded ids,
+    row ids that do not fit them, or NaN from a model.
     """
     speculation = Speculation(
         target=target,
@@ -113,9 +114,8 @@ def speculate_checked(
     row_ids: jax.Array | None = None,
 ) -> SpeculativeOutput:
     """`speculate`, compiled, with input and output checked on the host."""
+    check_request(inputs, row_ids, speculation.configs)
     row_ids = keys.default_row_ids(inputs, row_ids)
-    pad_id = speculation.target.config.pad_id
-    check_request(inputs, row_ids, pad_id, speculation.max_new_tokens)
     output = _compiled(speculation, target_params, draft_params, inputs, rng, row_ids)
     check_finite(output.statistics.finite, speculation.names)
     return output
@@ -211,7 +211,8 @@ def draft_block(
     """Drafts until every active row has stopped, then feeds the last token for its cache alone.
 
     A row stops behind an end-of-sequence, at its allowance, or where `block_length` says so; all
-    of them draft-side knowledge.
+    of them draft-side knowledge. A greedy q is one-hot and never unsure, so there `block_length`
+    looks at the draft's softmax at temperature 1.
     """
     s, config = speculation, speculation.draft.config
     sampling = s.draft_sampling or s.sampling
@@ -229,7 +230,9 @@ def draft_block(
         token, probs = draw(logits, uniforms.draft[:, draft.steps], sampling)
         token = jnp.where(draft.active, token, config.pad_id)
         lengths = draft.lengths + draft.active
-        goes_on = keeps_drafting(s.block_length, probs, token) & (lengths < allowance)
+        # a rule that does not look leaves the softmax to the compiler, which drops it
+        judged = process(logits, STANDARD) if sampling.is_greedy else probs
+        goes_on = keeps_drafting(s.block_length, judged, token) & (lengths < allowance)
         return Draft(
             tokens=draft.tokens.at[:, draft.steps].set(token),
             probs=draft.probs.at[:, draft.steps].set(probs),

@@ -10,11 +10,13 @@ from flax import struct
 
 from distillspec_jax.data.vocabulary import check_same
 from distillspec_jax.decoding.block_length import FIXED, BlockLength
+from distillspec_jax.decoding.checks import check_count
 from distillspec_jax.decoding.lenience import Lenience
 from distillspec_jax.decoding.sampling import STANDARD, Sampling
 from distillspec_jax.decoding.verification import RULES
 from distillspec_jax.errors import UserError, unknown_name
 from distillspec_jax.models.cache import Cache
+from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.models.transformer import Transformer
 
 ACCEPTED, CORRECTED, BONUS = 1, 2, 3  # origins of a token; 0 is padding
@@ -46,10 +48,8 @@ class Speculation:
     keeps_hidden: bool = False
 
     def __post_init__(self) -> None:
-        if self.gamma < 1:
-            raise UserError(f"gamma is {self.gamma}; a block drafts at least 1 token")
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        for field in ("gamma", "max_new_tokens", "num_drafts"):
+            check_count(field, getattr(self, field))
         if self.verification not in RULES:
             raise unknown_name("verification rule", self.verification, RULES)
         if self.verification == "greedy" and not self.sampling.is_greedy:
@@ -60,15 +60,18 @@ class Speculation:
             raise UserError(
                 "lenience changes token verification; with 'block' it has no exact base"
             )
-        if self.num_drafts < 1:
-            raise UserError(f"num_drafts is {self.num_drafts}; it must be at least 1")
         if self.num_drafts > 1 and (self.verification == "block" or self.lenience is not None):
             raise UserError("several drafts need token verification without lenience")
         check_pair(self.target, self.draft)
 
     @property
     def is_lossless(self) -> bool:
-        return self.lenience is None or self.lenience.is_exact
+        """Whether the output has the target's law; at temperature 0 no lenience changes it."""
+        return self.sampling.is_greedy or self.lenience is None or self.lenience.is_exact
+
+    @property
+    def configs(self) -> tuple[ModelConfig, ModelConfig]:
+        return self.target.config, self.draft.config
 
     @property
     def names(self) -> str:
@@ -87,7 +90,8 @@ class Statistics(struct.PyTreeNode):
     draft_steps: [B] forward passes of the draft that gave logits while the row was active, those
         it only waited in (for other rows of the batch) included.
     drafted, tested, accepted, emitted: [B] tokens.
-    accepted_histogram: [B, gamma + 1] blocks by number of accepted tokens.
+    accepted_histogram: [B, gamma + 1] blocks by number of accepted tokens, from 0 on.
+    emitted_histogram: [B, gamma + 1] blocks by number of emitted tokens, from 1 on.
     tested_per_position, accepted_per_position: [B, gamma] blocks by position in the block.
     finished: [B] bool, ended by end-of-sequence within the limit.
     finite: [B] bool, False where a model gave NaN: the row stops before that block.
@@ -100,10 +104,25 @@ class Statistics(struct.PyTreeNode):
     accepted: jax.Array
     emitted: jax.Array
     accepted_histogram: jax.Array
+    emitted_histogram: jax.Array
     tested_per_position: jax.Array
     accepted_per_position: jax.Array
     finished: jax.Array
     finite: jax.Array
+
+    @property
+    def block_efficiency(self) -> jax.Array:
+        """tau of each row [B], NaN without a block; a corpus figure is the ratio of the sums."""
+        return _rate(self.emitted, self.target_calls)
+
+    @property
+    def acceptance_rate(self) -> jax.Array:
+        """alpha of each row [B], NaN without a test; a corpus figure is the ratio of the sums."""
+        return _rate(self.accepted, self.tested)
+
+
+def _rate(count: jax.Array, out_of: jax.Array) -> jax.Array:
+    return jnp.where(out_of > 0, count / jnp.maximum(out_of, 1), jnp.nan)
 
 
 class SpeculativeOutput(struct.PyTreeNode):
@@ -200,6 +219,7 @@ class Verdict(struct.PyTreeNode):
 def no_statistics(batch_size: int, gamma: int) -> Statistics:
     """All counts zero."""
     zero, per_position = jnp.zeros(batch_size, jnp.int32), jnp.zeros((batch_size, gamma), jnp.int32)
+    per_length = jnp.zeros((batch_size, gamma + 1), jnp.int32)
     return Statistics(
         target_calls=zero,
         draft_steps=zero,
@@ -207,7 +227,8 @@ def no_statistics(batch_size: int, gamma: int) -> Statistics:
         tested=zero,
         accepted=zero,
         emitted=zero,
-        accepted_histogram=jnp.zeros((batch_size, gamma + 1), jnp.int32),
+        accepted_histogram=per_length,
+        emitted_histogram=per_length,
         tested_per_position=per_position,
         accepted_per_position=per_position,
         finished=jnp.zeros(batch_size, bool),
@@ -230,7 +251,9 @@ def count_block(
     def ones_below(ends: jax.Array) -> jax.Array:
         return (jnp.arange(gamma)[None] < ends[:, None]) & counts[:, None]
 
-    is_length = jnp.arange(gamma + 1)[None] == accepted[:, None]
+    def one_at(index: jax.Array) -> jax.Array:
+        return (jnp.arange(gamma + 1)[None] == index[:, None]) & counts[:, None]
+
     return statistics.replace(
         target_calls=statistics.target_calls + counts,
         draft_steps=statistics.draft_steps + counts * draft_steps,
@@ -238,7 +261,8 @@ def count_block(
         tested=statistics.tested + counts * tested,
         accepted=statistics.accepted + counts * accepted,
         emitted=statistics.emitted + counts * emitted,
-        accepted_histogram=statistics.accepted_histogram + (is_length & counts[:, None]),
+        accepted_histogram=statistics.accepted_histogram + one_at(accepted),
+        emitted_histogram=statistics.emitted_histogram + one_at(emitted - 1),
         tested_per_position=statistics.tested_per_position + ones_below(tested),
         accepted_per_position=statistics.accepted_per_position + ones_below(accepted),
     )

@@ -20,7 +20,11 @@ LEVEL = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A value, its 95 % interval, and the number of prompts that it rests on."""
+    """A value, its 95 % interval, and the number of prompts that it rests on.
+
+    The interval is all numbers where nothing is known of the spread: one prompt resampled is
+    always itself.
+    """
 
     value: float
     low: float
@@ -28,7 +32,9 @@ class Estimate:
     n: int
 
     def keys(self, name: str) -> dict[str, float | list[float]]:
-        """The two entries of a summary: `name` and `name_ci95`."""
+        """The entries of a summary: `name`, and `name_ci95` where there is an interval."""
+        if not np.isfinite([self.low, self.high]).all():
+            return {name: self.value}
         return {name: self.value, f"{name}_ci95": [self.low, self.high]}
 
     def overlaps(self, other: Estimate) -> bool:
@@ -71,7 +77,7 @@ def estimate(
     columns: Sequence[np.ndarray],
     bootstrap: Bootstrap | None = None,
 ) -> Estimate:
-    """A function of column sums with its percentile bootstrap interval.
+    """A function of column sums with its percentile bootstrap interval, if there are two prompts.
 
     Args:
       statistic: takes one array of sums per column and works elementwise.
@@ -94,8 +100,10 @@ def estimate(
     with np.errstate(divide="ignore", invalid="ignore"):  # a resample may hold no test at all
         value = statistic(*(table.sum(dtype=np.float64) for table in tables))
         draws = statistic(*(bootstrap.totals(table) for table in tables))
-    low, high = np.nanpercentile(draws, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
-    return Estimate(float(value), float(low), float(high), tables[0].shape[1])
+    count, (low, high) = tables[0].shape[1], (-np.inf, np.inf)
+    if count > 1:
+        low, high = np.nanpercentile(draws, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
+    return Estimate(float(value), float(low), float(high), count)
 
 
 def ratio(

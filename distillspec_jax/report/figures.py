@@ -77,7 +77,7 @@ def _temperatures(rows: Sequence[Record]) -> list[float]:
 
 def _error(row: Record, key: str) -> list[list[float]]:
     """Lengths of an error bar below and above; rounding may put a value outside its interval."""
-    low, high = row[f"{key}_ci95"]
+    low, high = row.get(f"{key}_ci95", (row[key], row[key]))  # one prompt has no interval
     return [[max(row[key] - low, 0.0)], [max(high - row[key], 0.0)]]
 
 
@@ -168,7 +168,7 @@ def _line(panel: Axes, rows: Sequence[Record], key: str, colour: str, label: str
     rows = sorted(rows, key=lambda row: row["gamma"])
     gammas = [row["gamma"] for row in rows]
     panel.plot(gammas, [row[key] for row in rows], color=colour, label=label, linewidth=1.6)
-    if rows and f"{key}_ci95" in rows[0]:
+    if rows and all(f"{key}_ci95" in row for row in rows):
         low, high = np.array([row[f"{key}_ci95"] for row in rows]).T
         panel.fill_between(gammas, low, high, color=colour, alpha=0.18, linewidth=0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from distillspec_jax.report.headline import Headline, headlines, lines, percent
 from distillspec_jax.report.runs import Record, Run
@@ -93,12 +93,11 @@ def _cards(found: Sequence[Headline]) -> str:
             )
         )
         for gain in each.gains_in("block_efficiency"):
-            low, high = gain["gain_ci95"]
             cards.append(
                 _card(
                     percent(gain["gain"]),
                     f"block efficiency over {gain['over']}, {each.mode}",
-                    f"95 % interval {percent(low)} to {percent(high)}",
+                    _interval(gain, "gain", percent),
                 )
             )
         if each.timed:
@@ -117,9 +116,11 @@ def _card(value: str, label: str, detail: str) -> str:
     return f'<div class="card"><b>{value}</b><span>{label}</span><span>{detail}</span></div>'
 
 
-def _interval(row: Record, key: str) -> str:
+def _interval(row: Record, key: str, show: Callable[[float], str] = "{:.2f}".format) -> str:
+    if f"{key}_ci95" not in row:
+        return "one prompt: no interval"
     low, high = row[f"{key}_ci95"]
-    return f"95 % interval {low:.2f} to {high:.2f}"
+    return f"95 % interval {show(low)} to {show(high)}"
 
 
 def _list(items: Sequence[str]) -> str:

@@ -21,7 +21,6 @@ from distillspec_jax.evaluation.latency import (
     DRAFT_STEP,
     TARGET_STEP,
     Clock,
-    StepCosts,
     race,
     read_source,
     step_costs,
@@ -65,42 +64,30 @@ class _Run:
 
     def measure(self) -> Found:
         print(f"drafted: {self._config.target} with {self._config.draft}", flush=True)
-        costs = self._costs()
-        tuned = self._tune(costs)
-        gamma = tuned.gamma
+        tried = self._speculative(self._tuning, max(self._config.gammas))
+        efficiency = efficiency_by_gamma(np.sum(tried.statistics.emitted_histogram, axis=0))
         summary: Row = {
-            "gamma": gamma,
             "temperature": 0.0,
-            "cost_ratio": costs.cost_ratio,
-            "verification_cost": costs.verification_cost(gamma),
             "num_prompts": len(self._prompts),
             **self._block_gain(),
         }
         records: list[Row] = []
         for batch_size in self._config.batch_sizes:
-            print(f"drafted: batch {batch_size}, gamma {gamma}", flush=True)
-            figures, row = self._timed(batch_size, gamma)
+            tuned, costs = self._tune(batch_size, efficiency)
+            print(f"drafted: batch {batch_size}, gamma {tuned.gamma}", flush=True)
+            figures, row = self._timed(batch_size, tuned.gamma)
             place = "" if batch_size == 1 else f"_batch{batch_size}"
-            for key, value in figures.items():
+            for key, value in {**costs, **figures}.items():
                 stem, interval, _ = key.partition("_ci95")
                 summary[stem + place + interval] = value
-            records.append(row)
-        speedups = {str(g): speedup for g, speedup in tuned.speedups.items()}
-        return summary, [*records, {"name": "predicted speed-up by gamma", **speedups}]
+            predicted = {f"predicted_gamma{g}": value for g, value in tuned.speedups.items()}
+            records.append({**costs, **row, **predicted})
+        return summary, records
 
     @property
     def _models(self) -> tuple[Transformer, Any, Transformer, Any]:
         target, draft = self._target, self._draft
         return target.model, target.params, draft.model, draft.params
-
-    def _costs(self) -> StepCosts:
-        return step_costs(
-            *self._models,
-            jnp.asarray(self._prompts[:1]),
-            self._config.gammas,
-            steps=self._config.cost_steps,
-            repeats=self._config.rounds,
-        )
 
     def _loops(self, gamma: int) -> dict[str, Callable[[np.ndarray], Any]]:
         """Single steps as entrants of a race: what they cost in the very seconds of the decoders.
@@ -122,12 +109,25 @@ class _Run:
         readers = {READ_TARGET: reader(self._target), READ_DRAFT: reader(self._draft)}
         return {name: entrant(call) for name, call in loops.items()} | readers
 
-    def _tune(self, costs: StepCosts) -> Tuning:
-        """The gamma of the highest predicted speed on prompts that nothing is claimed of."""
-        output = self._speculative(self._tuning, max(self._config.gammas))
-        histogram = np.asarray(output.statistics.accepted_histogram).sum(axis=0)
+    def _tune(self, batch_size: int, efficiency: Mapping[int, float]) -> tuple[Tuning, Row]:
+        """The gamma of the highest predicted speed for so many rows, and what it is made of.
+
+        On prompts that nothing is claimed of. More rows make a verified position dearer.
+        """
+        costs = step_costs(
+            *self._models,
+            jnp.asarray(self._prompts[:batch_size]),
+            self._config.gammas,
+            steps=self._config.cost_steps,
+            repeats=self._config.rounds,
+        )
         verification = {gamma: costs.verification_cost(gamma) for gamma in self._config.gammas}
-        return tune(efficiency_by_gamma(histogram), costs.cost_ratio, verification)
+        tuned = tune(efficiency, costs.cost_ratio, verification)
+        return tuned, {
+            "gamma": tuned.gamma,
+            "cost_ratio": costs.cost_ratio,
+            "verification_cost": verification[tuned.gamma],
+        }
 
     def _speculative(
         self, inputs: np.ndarray, gamma: int, verification: str = "token", temperature: float = 0.0

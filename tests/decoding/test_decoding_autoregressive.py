@@ -107,7 +107,47 @@ def test_nan_in_the_weights_is_an_error_at_once(pair, prompts, spoil, sampling):
 def test_bad_requests_are_refused(pair, prompts):
     with pytest.raises(UserError, match="max_new_tokens is 0"):
         sample(pair, prompts, max_new_tokens=0)
-    with pytest.raises(UserError, match="empty prompt in row 1, 2"):
-        sample(pair, np.array([[3, 4], [0, 0], [0, 0]], np.int32))
-    with pytest.raises(UserError, match=r"shape \(3,\)"):
-        sample(pair, np.array([3, 4, 5], np.int32))
+    with pytest.raises(UserError, match=r"max_new_tokens is 2\.0; it must be an integer"):
+        sample(pair, prompts, max_new_tokens=2.0)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "named"),
+    [
+        (np.array([[3, 4], [0, 0], [0, 0]]), "empty prompt in row 1, 2"),
+        (np.array([[3, 4, 0], [0, 3, 4]]), "padding before a token in row 1: right-pad"),
+        (np.array([[3, 0, 4], [3, 4, 0]]), "padding before a token in row 0: right-pad"),
+        (np.array([[3, 4], [3, 7]]), "id 7 in row 1 is outside 0 <= id < 7"),
+        (np.array([[3, -1], [3, 4]]), "id -1 in row 0 is outside"),
+        (np.array([[3, 2**32 + 3]]), "id 4294967299 in row 0 is outside"),
+        (
+            np.array([3, 4, 5]),
+            r"shape \(3,\) of int64; expected an integer array \[batch, length\]",
+        ),
+        (np.zeros((2, 0), np.int32), r"shape \(2, 0\)"),
+        (np.array([[3.0, 4.0]]), "of float64"),
+        ([[3, 4]], "inputs are a list"),
+    ],
+)
+def test_prompts_that_the_model_would_misread_are_refused(pairs, inputs, named):
+    with pytest.raises(UserError, match=named):
+        sample(pairs["decoder-only"], inputs)
+
+
+@pytest.mark.parametrize(
+    ("row_ids", "named"),
+    [
+        (np.arange(2), r"shape \(2,\) of int64; expected one integer for each of the 3 prompts"),
+        (np.arange(3)[None], r"shape \(1, 3\)"),
+        (np.array([0.0, 1.0, 2.0]), "of float64"),
+        (np.array([0, 2**31, 1]), "row id 2147483648 in row 1 is outside"),
+    ],
+)
+def test_row_ids_that_do_not_fit_are_refused(pairs, prompts, row_ids, named):
+    with pytest.raises(UserError, match=named):
+        sample(pairs["decoder-only"], prompts[:3], row_ids=row_ids)
+
+
+def test_checks_are_not_for_jitted_functions(pairs, prompts):
+    with pytest.raises(UserError, match="inside a jitted function use `generate` or `speculate`"):
+        jax.jit(functools.partial(sample, pairs["decoder-only"]))(prompts)

@@ -61,8 +61,8 @@ def test_tune_takes_the_fastest_gamma():
         tune({1: 1.8}, 0.1, {2: 1.0})
 
 
-def test_efficiency_at_smaller_gammas_follows_from_accepted_lengths():
-    efficiency = efficiency_by_gamma([4, 3, 2, 1])  # 0, 1, 2, 3 accepted
+def test_efficiency_at_smaller_gammas_follows_from_emitted_lengths():
+    efficiency = efficiency_by_gamma([4, 3, 2, 1])  # 1, 2, 3, 4 emitted
     assert efficiency == pytest.approx({1: 1.6, 2: 1.9, 3: 2.0})
     alpha = 0.7  # independent acceptance: the formula of arXiv 2211.17192
     histogram = [(1 - alpha) * alpha**n for n in range(5)] + [alpha**5]

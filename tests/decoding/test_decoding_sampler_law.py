@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from distillspec_jax.decoding.autoregressive import autoregressive_sample
-from distillspec_jax.decoding.block_length import BlockLength
+from distillspec_jax.decoding.block_length import FIXED, BlockLength
 from distillspec_jax.decoding.lenience import Lenience
 from distillspec_jax.decoding.sampling import STANDARD, Sampling, process
 from distillspec_jax.decoding.speculative import speculative_sample
@@ -81,9 +81,13 @@ def test_different_settings_for_draft_and_target(pairs):
     check(pair, NARROW, out.tokens)
 
 
-def test_greedy_draft_of_a_sampling_target(pairs):
-    pair = pairs["decoder-only"]
-    out = speculate(pair, gamma=2, draft_sampling=Sampling(temperature=0), sampling=WIDE)
+@pytest.mark.parametrize(
+    "block_length", [FIXED, BlockLength(min_confidence=0.3)], ids=["whole", "confidence"]
+)
+def test_greedy_draft_of_a_sampling_target(pairs, block_length):
+    pair, greedy = pairs["decoder-only"], Sampling(temperature=0)
+    settings = {"draft_sampling": greedy, "sampling": WIDE, "block_length": block_length}
+    out = speculate(pair, gamma=2, **settings)
     check(pair, WIDE, out.tokens)
 
 

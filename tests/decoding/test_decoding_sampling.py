@@ -64,6 +64,14 @@ def test_argmax_equals_numpys():
     assert (np.asarray(argmax(values)) == values.argmax(axis=1)).all()
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-300])
+def test_a_temperature_near_zero_is_greedy(temperature):
+    """Below 1e-38 lies what float32 takes for 0."""
+    logits = jnp.array([[1.0, 3.0, 2.0, -jnp.inf], [-400.0, -900.0, -400.5, -401.0]])
+    probs = processed(logits, Sampling(temperature, top_k=3))
+    assert probs.tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
+
+
 @pytest.mark.parametrize(
     "sampling",
     [Sampling(0), Sampling(), Sampling(top_k=2), Sampling(top_p=0.3), Sampling(0.5, 3, 0.9)],
@@ -117,6 +125,8 @@ def test_draw_returns_the_distribution_it_drew_from():
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf"),
         ({"top_k": -1}, "top_k is -1"),
+        ({"top_k": 2.0}, "top_k is 2.0; it must be 0"),
+        ({"top_k": float("nan")}, "top_k is nan"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
     ],

@@ -84,9 +84,16 @@ def test_slots_spend_fewer_target_calls_than_batches(pairs, prompts, monkeypatch
 
 def test_bad_requests_are_refused(pairs, prompts, spoil):
     pair = pairs["encoder-decoder"]
-    with pytest.raises(UserError, match="refill is 9"):
-        both(pair, prompts, slots=8, refill=9)
     speculation = Speculation(pair.target, pair.draft, GAMMA, LIMIT)
-    params = spoil(pair.target_params), pair.draft_params
-    with pytest.raises(UserError, match="gave NaN"):
-        slot_sample(speculation, *params, prompts, RNG, slots=8)
+    params = pair.target_params, pair.draft_params
+
+    def refused(named, inputs=prompts, params=params, **settings):
+        with pytest.raises(UserError, match=named):
+            slot_sample(speculation, *params, inputs, RNG, **{"slots": 8, **settings})
+
+    refused("refill is 9", refill=9)
+    refused("refill is 0; it must be an integer of at least 1", refill=0)
+    refused("slots is 0; it must be an integer of at least 1", slots=0)
+    refused(r"inputs have shape \(0, 5\)", inputs=prompts[:0])
+    refused("row id -1 in row 0 is outside 0 <= id", row_ids=np.arange(53) - 1)
+    refused("gave NaN", params=(spoil(params[0]), params[1]))

@@ -10,7 +10,7 @@ import pytest
 
 from distillspec_jax.decoding import speculative
 from distillspec_jax.decoding.autoregressive import autoregressive_sample
-from distillspec_jax.decoding.block_length import BlockLength
+from distillspec_jax.decoding.block_length import FIXED, BlockLength, efficiency_by_gamma
 from distillspec_jax.decoding.lenience import Lenience
 from distillspec_jax.decoding.sampling import Sampling
 from distillspec_jax.decoding.speculative import speculate_checked, speculative_sample
@@ -61,6 +61,54 @@ def test_greedy_output_is_plain_greedy_output(pairs, prompts, kind, settings):
     np.testing.assert_array_equal(out.lengths, plain.lengths)
     np.testing.assert_array_equal(out.statistics.finished, plain.finished)
     assert int(out.statistics.accepted.sum()) > 0
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [BlockLength(min_confidence=0.3), BlockLength(max_entropy=1.5)],
+    ids=["confidence", "entropy"],
+)
+def test_a_greedy_draft_stops_by_its_softmax(pairs, prompts, rule):
+    """Its q is one-hot: certain of every token."""
+    pair = pairs[DECODER_ONLY]
+    speculation = Speculation(
+        pair.target, pair.draft, GAMMA, LIMIT, sampling=GREEDY, block_length=rule
+    )
+    params = pair.target_params, pair.draft_params
+    state = speculative.begin(speculation, *params, prompts, RNG, np.arange(len(prompts)))
+    uniforms = speculative._block_uniforms(speculation, state)
+    found = speculative.draft_block(speculation, pair.draft_params, state, uniforms)
+
+    logits = score(pair.draft, pair.draft_params, prompts, found.tokens)
+    probs = np.asarray(jax.nn.softmax(logits[..., : pair.draft.config.num_pieces]))
+    tokens = np.asarray(found.tokens)
+    confidence = np.take_along_axis(probs, tokens[..., None], axis=2)[..., 0]
+    entropy = -(probs * np.log(probs)).sum(axis=2)
+    stops = confidence < rule.min_confidence if rule.min_confidence else entropy > rule.max_entropy
+    stops |= tokens == pair.draft.config.eos_id
+    stops[:, -1] = True
+    np.testing.assert_array_equal(found.lengths, stops.argmax(axis=1) + 1)
+    assert len(np.unique(found.lengths)) == GAMMA
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [BlockLength(min_confidence=0.3), BlockLength(max_entropy=1.5)],
+    ids=["confidence", "entropy"],
+)
+def test_greedy_blocks_that_stop_early_leave_the_text_alone(pairs, prompts, rule):
+    pair = pairs[ENCODER_DECODER]
+    twin = pair._replace(draft=pair.target, draft_params=pair.target_params)
+    plain = autoregressive_sample(
+        pair.target, pair.target_params, prompts, RNG, sampling=GREEDY, max_new_tokens=LIMIT
+    )
+    for drafted in (pair, twin):
+        whole, short = (
+            sample(drafted, prompts, sampling=GREEDY, block_length=each) for each in (FIXED, rule)
+        )
+        np.testing.assert_array_equal(short.tokens, plain.tokens)
+        assert short.statistics.drafted.sum() < whole.statistics.drafted.sum()
+    assert short.statistics.target_calls.sum() > whole.statistics.target_calls.sum()
 
 
 def test_one_token_after_a_prompt_that_fills_its_row(pair, prompts):
@@ -128,6 +176,8 @@ def test_statistics_agree_with_the_text(pairs, prompts, kind, mode):
     histogram = s.accepted_histogram
     assert (histogram.sum(axis=1) == s.target_calls).all()
     assert (histogram @ np.arange(GAMMA + 1) == s.accepted).all()
+    assert (s.emitted_histogram.sum(axis=1) == s.target_calls).all()
+    assert (s.emitted_histogram @ np.arange(1, GAMMA + 2) == s.emitted).all()
     at_least = histogram[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]
     assert (s.accepted_per_position == at_least).all()
     assert (s.accepted_per_position.sum(axis=1) == s.accepted).all()
@@ -139,6 +189,27 @@ def test_statistics_agree_with_the_text(pairs, prompts, kind, mode):
     assert (s.draft_steps <= GAMMA * s.target_calls).all()
     if mode == "adaptive":
         assert s.drafted.sum() < 0.8 * GAMMA * s.target_calls.sum()
+
+
+def test_efficiency_at_the_gamma_that_was_decoded_is_the_measured_one(pairs, prompts):
+    """Blocks that end in an accepted end-of-sequence have no token behind it."""
+    pair = pairs[ENCODER_DECODER]
+    out = sample(pair._replace(draft=pair.target, draft_params=pair.target_params), prompts)
+    s = out.statistics
+    assert (s.emitted < s.accepted + s.target_calls).any()
+    measured = s.emitted.sum() / s.target_calls.sum()
+    assert efficiency_by_gamma(s.emitted_histogram.sum(axis=0))[GAMMA] == pytest.approx(measured)
+
+
+def test_rates_of_rows(pairs, prompts):
+    pair, ids = pairs[DECODER_ONLY], np.where(np.arange(53) == 3, -1, np.arange(53))
+    s = sample(pair, prompts, row_ids=ids).statistics
+    for rate, count, out_of in (
+        (s.block_efficiency, s.emitted, s.target_calls),
+        (s.acceptance_rate, s.accepted, s.tested),
+    ):
+        assert np.flatnonzero(np.isnan(rate)).tolist() == [3]
+        np.testing.assert_allclose(np.delete(rate, 3), np.delete(count, 3) / np.delete(out_of, 3))
 
 
 def test_kept_states_are_those_of_scoring_the_text(pairs, prompts):
@@ -254,6 +325,14 @@ def test_lossy_output_says_so(pairs, prompts):
     assert high > low + 0.05
 
 
+def test_greedy_output_is_lossless_whatever_the_lenience(pairs, prompts):
+    pair, lenience = pairs[ENCODER_DECODER], Lenience("linear", 0.3)
+    exact = sample(pair, prompts, sampling=GREEDY)
+    lenient = sample(pair, prompts, sampling=GREEDY, lenience=lenience)
+    np.testing.assert_array_equal(lenient.tokens, exact.tokens)
+    assert lenient.lossless
+
+
 @pytest.mark.parametrize("which", ["target", "draft"])
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling()], ids=["greedy", "sampled"])
 def test_nan_in_the_weights_is_an_error_at_once(pairs, prompts, spoil, which, sampling):
@@ -278,6 +357,9 @@ def test_nan_stops_the_row_before_a_token_is_written(pairs, prompts, spoil):
     ("settings", "named"),
     [
         ({"gamma": 0}, "gamma is 0"),
+        ({"gamma": 2.0}, "gamma is 2.0; it must be an integer of at least 1"),
+        ({"max_new_tokens": float("nan")}, "max_new_tokens is nan"),
+        ({"num_drafts": 1.5}, "num_drafts is 1.5"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"verification": "blok"}, "did you mean 'block'"),
         ({"verification": "greedy"}, "greedy verification needs temperature 0"),
@@ -300,6 +382,7 @@ def test_settings_out_of_range_are_refused(pairs, prompts, settings, named):
         (lambda: BlockLength(min_confidence=1.2), "min_confidence is 1.2"),
         (lambda: BlockLength(max_entropy=-1.0), "max_entropy is -1.0"),
         (lambda: BlockLength(schedule_start=-1), "schedule_start is -1"),
+        (lambda: BlockLength(schedule_start=1.5), "schedule_start is 1.5; it must be 0"),
     ],
 )
 def test_lenience_and_block_length_out_of_range_are_refused(make, named):
@@ -324,7 +407,12 @@ def test_models_that_do_not_belong_together_are_refused(pairs, prompts, change, 
         sample(pair._replace(draft=other), prompts)
 
 
-def test_empty_prompts_are_refused(pairs):
+def test_bad_requests_are_refused(pairs):
     pair = pairs[ENCODER_DECODER]
     with pytest.raises(UserError, match="empty prompt in row 1"):
         sample(pair, np.array([[3, 4], [0, 0]], np.int32))
+    with pytest.raises(UserError, match="one integer for each of the 1 prompts"):
+        sample(pair, np.array([[3, 4]]), row_ids=np.array([0, 1]))
+    small = pair._replace(target=pair.draft, draft=pair.target)  # of 11 and 7 embedded ids
+    with pytest.raises(UserError, match="id 7 in row 0 is outside 0 <= id < 7"):
+        sample(small, np.array([[3, 7]], np.int32))

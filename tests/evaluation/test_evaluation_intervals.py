@@ -112,6 +112,16 @@ def test_summary_keys_and_overlap():
     assert not Estimate(3.0, 2.6, 3.5, 9).overlaps(measured)
 
 
+def test_one_prompt_has_no_interval():
+    """However often it is resampled; a proportion's is exact for one trial, too."""
+    measured = ratio(np.array([[6.0], [7.0]]), np.array([[2.0], [2.0]]))  # of two seeds
+    assert measured.keys("tau") == {"tau": 3.25}
+    assert measured.n == 1
+    assert measured.overlaps(Estimate(9.0, 8.0, 10.0, 41))
+    assert Estimate(9.0, 8.0, 10.0, 41).overlaps(measured)
+    assert exact_proportion(1, 1).keys("share")["share_ci95"] == pytest.approx([0.025, 1])
+
+
 def test_refusals():
     with pytest.raises(UserError, match=r"3 successes in 2 trials"):
         exact_proportion(3, 2)

@@ -183,7 +183,10 @@ def test_a_draft_is_timed_beside_none(small):
         low, high = summary[f"{key}_ci95"]
         assert low <= summary[key] <= high
     assert {"speculative_over_plain_batch2", "speculative_over_plain_batch2_ci95"} <= set(summary)
-    assert summary["gamma"] in small.gammas
+    assert {summary["gamma"], summary["gamma_batch2"]} <= set(small.gammas)
+    for row in records:
+        cost = {gamma: row[f"predicted_gamma{gamma}"] for gamma in small.gammas}
+        assert row["gamma"] == max(cost, key=cost.get)
     one = next(row for row in records if row.get("batch_size") == 1)
     assert one["speculative_equal_texts"] == one["compared_texts"] == 4
     cost = summary["cost_ratio"] * summary["gamma"] + summary["verification_cost"]

@@ -4,6 +4,7 @@ import io
 import json
 
 import pytest
+import sentencepiece
 from rich.text import Text
 
 from distillspec_jax.data.vocabulary import load_vocabulary
@@ -72,6 +73,8 @@ def test_prompts_of_a_file(run, tmp_path, vocabulary):
         sum(row["emitted"] for row in rows) / sum(row["calls"] for row in rows)
     )
     assert figures["num_prompts"] == 3
+    low, high = figures["block_efficiency_ci95"]
+    assert f"[{low:.3g}, {high:.3g}]\n" in out
     assert figures["lossless"] is True
     assert figures["tokens_per_second_speculative"] > 0
     assert figures["gamma"] == 2
@@ -126,10 +129,21 @@ def test_a_greedy_draft_of_a_sampling_target(run):
     assert "draft_temperature" not in summary(folder.with_name("usual"))
 
 
-def test_every_lossy_text_says_so(run):
-    _, _, _, folder = run(f"--prompt={PROMPTS[0]}", lenience={"epsilon": 0.3})
-    assert [row["lossless"] for row in outputs(folder)] == [False]
-    assert summary(folder)["lossless"] is False
+@pytest.mark.parametrize(("temperature", "lossless"), [(1.0, False), (0.0, True)])
+def test_every_lossy_text_says_so(run, temperature, lossless):
+    """At temperature 0 there is nothing for lenience to change."""
+    settings = {"lenience": {"epsilon": 0.3}, "temperature": temperature}
+    _, _, _, folder = run(f"--prompt={PROMPTS[0]}", **settings)
+    assert [row["lossless"] for row in outputs(folder)] == [lossless]
+    assert summary(folder)["lossless"] is lossless
+
+
+def test_one_prompt_is_told_without_an_interval(run):
+    _, out, _, folder = run(f"--prompt={PROMPTS[0]}")
+    figures = summary(folder)
+    for key in ("block_efficiency", "acceptance_rate"):
+        assert f"{key}: {figures[key]:.3g} (n=1)\n" in out
+        assert f"{key}_ci95" not in figures
 
 
 def test_no_more_of_the_prompts_is_read_than_the_longest_needs(run, monkeypatch):
@@ -207,6 +221,36 @@ def test_colours_are_those_of_the_origins(vocabulary):
     ]
     assert len(set(STYLES.values())) == 3
     assert coloured(Answer("", "plain", tokens), vocabulary) == Text("plain")
+
+
+def test_a_character_of_several_bytes_is_shown_when_it_is_whole(tmp_path):
+    proto = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a pen and a pear"] * 20),
+        model_writer=proto,
+        vocab_size=275,
+        byte_fallback=True,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    path = tmp_path / "bytes.model"
+    path.write_bytes(proto.getvalue())
+    vocabulary = load_vocabulary(path)
+    tokens = vocabulary.encode("a \u20ac pen")  # three bytes
+    assert sum(vocabulary.pieces[token].startswith("<0x") for token in tokens) == 3
+
+    def shown(tokens):
+        origins = [ACCEPTED] * (len(tokens) - 1) + [BONUS]
+        return coloured(Answer("", "", tokens, origins), vocabulary).plain
+
+    assert shown(tokens) == "a \u20ac pen"
+    cut = 1 + [vocabulary.pieces[token] for token in tokens].index("<0x82>")
+    assert shown(tokens[:cut]) == vocabulary.decode(tokens[:cut])
+    assert shown(tokens[:cut]).endswith("\ufffd")
 
 
 @pytest.mark.parametrize(

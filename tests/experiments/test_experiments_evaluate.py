@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,7 +13,8 @@ from distillspec_jax.data.tasks import TaskConfig, load_task
 from distillspec_jax.decoding.block_length import BlockLength, tune
 from distillspec_jax.decoding.lenience import Lenience
 from distillspec_jax.evaluation import latency
-from experiments import evaluate, measuring
+from distillspec_jax.report import figures, page
+from experiments import cell_tables, evaluate, measuring
 from experiments.bench import Setting, open_bench
 from experiments.evaluate import DraftConfig, EvaluateConfig
 
@@ -134,6 +136,15 @@ def test_greedy_texts_equal_plain_decoding(summary):
             assert row["greedy_mismatches"] == 0
         else:
             assert "greedy_mismatches" not in row
+
+
+def test_a_text_with_one_changed_token_is_a_mismatch():
+    plain, output = (SimpleNamespace(tokens=np.arange(15).reshape(3, 5)) for _ in range(2))
+    assert measuring._mismatches(output, plain) == 0
+    output.tokens[1, 4] = 77
+    assert measuring._mismatches(output, plain) == 1
+    output.tokens[1, 0] = 77  # texts are counted, not tokens
+    assert measuring._mismatches(output, plain) == 1
 
 
 def test_seeds_are_pooled(summary):
@@ -361,10 +372,11 @@ def test_other_blocks_are_measured_and_no_formula_is_given_for_them(
     for row, whole in zip(rows, usual, strict=True):
         assert {"speedup_predicted", "block_efficiency_iid"} <= whole.keys() - row.keys()
     tau, whole_tau = ([row["block_efficiency"] for row in each] for each in (rows, usual))
-    assert tau[0] == whole_tau[0]  # at T = 0 q is one-hot: no entropy, and all drafts are one
     if changed.num_drafts == 1:
+        assert tau[0] <= whole_tau[0]  # of blocks that hardly pass their first token
         assert tau[1] < whole_tau[1]
     else:
+        assert tau[0] == whole_tau[0]  # at T = 0 all drafts are one
         assert tau[1] != whole_tau[1]
 
 
@@ -446,4 +458,14 @@ def test_seeds_must_fit(enter, file_of, models, tmp_path, seeds, words):
 
 def test_packaged_names_are_models_too():
     """The config of the quickstart names models by what the package calls them."""
-    assert zoo.find("cpu_draft").kind == "preset"
+    for name in ("stories-target", "stories-draft"):
+        assert zoo.find(name).kind == "native"
+
+
+def test_one_prompt_has_figures_without_intervals():
+    row = {"block_efficiency": 3.0, "gain_over_x": 1.25}
+    assert evaluate._figure(row, "block_efficiency") == "block_efficiency 3 (one prompt)"
+    assert cell_tables._tau(row) == "3.00"
+    assert cell_tables._gain(row, "gain_over_x") == "+25 %"
+    assert page._interval(row, "block_efficiency") == "one prompt: no interval"
+    assert figures._error(row, "block_efficiency") == [[0.0], [0.0]]

@@ -1,0 +1,99 @@
+"""What decoding refuses: settings and prompts before it starts, NaN after it ran."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distillspec_jax.errors import UserError
+from distillspec_jax.models.config import ModelConfig
+
+Array = jax.Array | np.ndarray
+
+ROW_IDS = np.iinfo(np.int32)
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raises UserError unless the setting is an integer of at least `least`; 2.0 is none."""
+    if not isinstance(value, int | np.integer) or value < least:
+        right = f"an integer of at least {least}" if least else "0 (off) or a positive integer"
+        raise UserError(f"{name} is {value}; it must be {right}")
+
+
+def check_request(
+    inputs: Array,
+    row_ids: Array | None,
+    configs: Sequence[ModelConfig],
+    *,
+    lowest_id: int = ROW_IDS.min,
+) -> None:
+    """Raises UserError unless inputs [B, S] are right-padded prompts and row_ids [B] fit int32.
+
+    configs: of the models that read the prompts. Rows with a negative id are never read, so they
+    may hold anything.
+    """
+    if isinstance(inputs, jax.core.Tracer):
+        raise UserError(
+            "inputs are traced, so they cannot be checked; inside a jitted function use "
+            "`generate` or `speculate`"
+        )
+    expected = "expected an integer array [batch, length], both >= 1"
+    if not hasattr(inputs, "dtype"):
+        raise UserError(f"inputs are a {type(inputs).__name__}; {expected}")
+    if inputs.ndim != 2 or 0 in inputs.shape or not jnp.issubdtype(inputs.dtype, jnp.integer):
+        raise UserError(f"inputs have shape {inputs.shape} of {inputs.dtype}; {expected}")
+    if not getattr(inputs, "is_fully_addressable", True):
+        return  # rows of other hosts; each host checks its own where it reads them
+    prompts, ids = jax.device_get((inputs, row_ids))
+    is_read = np.ones(len(prompts), bool)
+    if row_ids is not None:
+        _check_row_ids(np.asarray(ids), len(prompts), lowest_id)
+        is_read = np.asarray(ids) >= 0
+    _check_prompts(prompts, is_read, configs[0].pad_id, min(c.vocab_size for c in configs))
+
+
+def check_finite(finite: jax.Array, who: str) -> None:
+    """Raises UserError if a row's flag [B] says that `who` gave NaN."""
+    if not bool(jnp.all(finite)):
+        raise UserError(f"{who} gave NaN logits; its weights are broken (NaN or far too large)")
+
+
+def _check_row_ids(ids: np.ndarray, count: int, lowest: int) -> None:
+    if ids.shape != (count,) or not np.issubdtype(ids.dtype, np.integer):
+        raise UserError(
+            f"row_ids have shape {ids.shape} of {ids.dtype}; expected one integer for each of "
+            f"the {count} prompts"
+        )
+    outside = (ids < lowest) | (ids > ROW_IDS.max)
+    if outside.any():
+        raise UserError(
+            f"row id {ids[outside][0]} in row {_rows(outside)} is outside "
+            f"{lowest} <= id <= {ROW_IDS.max}"
+        )
+
+
+def _check_prompts(prompts: np.ndarray, is_read: np.ndarray, pad_id: int, vocab_size: int) -> None:
+    """Refuses rows of prompts [B, S] where is_read [B], each kind of fault in one sentence."""
+    is_pad = prompts == pad_id
+    empty = is_read & is_pad.all(axis=1)
+    if empty.any():
+        raise UserError(
+            f"empty prompt in row {_rows(empty)}: every prompt needs at least one token"
+        )
+    holed = is_read & (is_pad[:, :-1] & ~is_pad[:, 1:]).any(axis=1)
+    if holed.any():
+        raise UserError(f"padding before a token in row {_rows(holed)}: right-pad the prompts")
+    outside = is_read[:, None] & ((prompts < 0) | (prompts >= vocab_size))
+    if outside.any():
+        raise UserError(
+            f"id {prompts[outside][0]} in row {_rows(outside.any(axis=1))} is outside "
+            f"0 <= id < {vocab_size}, the vocabulary of the model"
+        )
+
+
+def _rows(chosen: np.ndarray) -> str:
+    """The first few indices of chosen [B], for a sentence."""
+    return ", ".join(map(str, np.flatnonzero(chosen)[:5]))
