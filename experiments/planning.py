@@ -1,33 +1,45 @@
 """What --plan says: bytes a device would hold, tokens a step, and whether that fits.
 
-Nothing is allocated: parameters are shapes with shardings, the step is compiled for a mesh of
-virtual CPU devices, and the compiler says what it needs. It is the CPU's compiler: an accelerator
-fuses more and holds bfloat16 as it is, where a CPU makes float32 copies, so its temporaries are as
-a rule smaller.
+Nothing is allocated: parameters are shapes with shardings, the step and the decoder that tries the
+draft out are compiled for a mesh of virtual CPU devices, and the compiler says what they need. It
+is the CPU's compiler: an accelerator fuses more and holds bfloat16 as it is, where a CPU makes
+float32 copies, so its temporaries are as a rule smaller.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from distillspec_jax.data.batch import Batch
 from distillspec_jax.data.tasks import Task, load_task
+from distillspec_jax.decoding.sampling import Sampling
+from distillspec_jax.decoding.speculative import speculate
+from distillspec_jax.decoding.state import Speculation
+from distillspec_jax.distill.data_sources import source_probabilities
 from distillspec_jax.models import transformer
 from distillspec_jax.sharding.layout import Layout, device_bytes, placed
 from distillspec_jax.sharding.mesh import MeshConfig
 from distillspec_jax.sharding.rules import batch_sharding
 from experiments import bench, parts
 
+if TYPE_CHECKING:
+    from distillspec_jax.distill.recipes import Recipe
+    from experiments.watching import DecoderConfig
+
 TOO_LARGE = 1  # exit code of a plan that does not fit
 GIB = 2**30
+
+speculating = jax.jit(speculate, static_argnums=0)
 
 # Only time is saved by these: neither changes what is allocated.
 _QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -39,6 +51,8 @@ class Plan:
 
     `temporary` is what the compiler adds while the step runs: activations, gradients, gathered
     weights and caches; `caches` is their part in it by shape, and 0 where nothing is sampled.
+    `decoding` is what the compiler adds between steps, while the draft is tried out by the real
+    decoder; 0 where it is not.
     """
 
     parameters: int
@@ -48,11 +62,17 @@ class Plan:
     caches: int
     temporary: int
     output: int  # what the step returns in buffers of its own
+    decoding: int
+
+    @property
+    def running(self) -> int:
+        """What is added while the step runs."""
+        return self.temporary + self.output
 
     @property
     def total(self) -> int:
         held = self.parameters + self.optimizer + self.frozen + self.batch
-        return held + self.temporary + self.output
+        return held + max(self.running, self.decoding)
 
 
 def planner(prepare: Callable[..., parts.Prepared]) -> Callable[[Any, float | None], int | None]:
@@ -67,7 +87,8 @@ def planner(prepare: Callable[..., parts.Prepared]) -> Callable[[Any, float | No
             _introduce(prepared, config, task, layout)
             start = time.perf_counter()
             compiled = compile_step(prepared, config, task, layout)
-            found = make_plan(prepared, config, task, layout, compiled)
+            decoding = decoding_bytes(prepared, config, task, layout)
+            found = make_plan(prepared, config, task, layout, compiled, decoding)
         _say(found, time.perf_counter() - start)
         return judge(found.total, memory_gib, lambda: advice(found, config))
 
@@ -75,30 +96,75 @@ def planner(prepare: Callable[..., parts.Prepared]) -> Callable[[Any, float | No
 
 
 def make_virtual_devices(mesh: MeshConfig) -> None:
-    """Gives this process as many CPU devices as a mesh without -1 has, if it has none yet."""
+    """Gives this process as many CPU devices as a mesh without -1 has, if it has none yet.
+
+    An accelerator is left alone, whatever the mesh.
+    """
+    jax.config.update("jax_platforms", "cpu")
     count = math.prod(dataclasses.astuple(mesh))
     if count < 1:
         return
-    try:
-        jax.config.update("jax_platforms", "cpu")
+    with contextlib.suppress(RuntimeError):  # the devices are there already
         jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:  # the devices are there already
-        return
 
 
 def compile_step(
     prepared: parts.Prepared, config: parts.TrainingConfig, task: Task, layout: Layout
 ) -> jax.stages.Compiled:
     """The training step for the longest batch of the task."""
-    rows, (input_length, target_length) = config.batch_size, _lengths(task)
+    batch = _longest_batch(config.batch_size, task, layout)
+    arguments = prepared.arguments(prepared.state, batch)
+    return compile_quickly(prepared.step.lower(*arguments))
+
+
+def decoding_bytes(
+    prepared: parts.Prepared, config: parts.TrainingConfig, task: Task, layout: Layout
+) -> int:
+    """Bytes added while the draft is tried out; 0 for a config without a decoder."""
+    decoder: DecoderConfig | None = getattr(config, "decoder", None)
+    if decoder is None:
+        return 0
+    return sum(memory_of(compile_quickly(lower_trial(prepared, decoder, task, layout))))
+
+
+def lower_trial(
+    prepared: parts.Prepared, decoder: DecoderConfig, task: Task, layout: Layout
+) -> jax.stages.Lowered:
+    """The real decoder with the longest batch of held-out prompts."""
+    prompts = _longest_batch(layout.round_up(decoder.batch_size), task, layout)
+    target, draft = prepared.models["target"], prepared.models["draft"]
+    params = target.params, prepared.state.best_params
+    speculation = trial_speculation(decoder, target, draft, task)
+    key = placed(shape_of_key(), NamedSharding(layout.mesh, PartitionSpec()))
+    return speculating.lower(speculation, *params, prompts.inputs, key, prompts.example_ids)
+
+
+def _longest_batch(rows: int, task: Task, layout: Layout) -> Batch:
+    input_length, target_length = _lengths(task)
     shapes = Batch(
         inputs=jax.ShapeDtypeStruct((rows, input_length), jnp.int32),
         targets=jax.ShapeDtypeStruct((rows, target_length), jnp.int32),
         example_ids=jax.ShapeDtypeStruct((rows,), jnp.int32),
     )
-    batch = placed(shapes, jax.tree.map(lambda _: batch_sharding(layout.mesh), shapes))
-    arguments = prepared.arguments(prepared.state, batch)
-    return compile_quickly(prepared.step.lower(*arguments))
+    return placed(shapes, jax.tree.map(lambda _: batch_sharding(layout.mesh), shapes))
+
+
+def trial_speculation(
+    decoder: DecoderConfig, target: bench.Loaded, draft: bench.Loaded, task: Task
+) -> Speculation:
+    """How `watching.make_counts` tries a draft out, at the temperature that needs most."""
+    return Speculation(
+        target=target.model,
+        draft=draft.model,
+        gamma=decoder.gamma,
+        max_new_tokens=task.target_length,
+        sampling=Sampling(temperature=max(decoder.temperatures)),
+    )
+
+
+def shape_of_key() -> Any:
+    """A key of randomness without numbers."""
+    return jax.eval_shape(lambda: jax.random.key(0))
 
 
 def compile_quickly(lowered: Any) -> jax.stages.Compiled:
@@ -124,14 +190,39 @@ def cache_bytes(loaded: bench.Loaded, rows: int, input_length: int, limit: int) 
     return bytes_of(jax.eval_shape(start, loaded.params, inputs)[0])
 
 
+def rollout_caches(
+    recipe: Recipe,
+    models: Mapping[str, bench.Loaded],
+    length: int,
+    held: Callable[[bench.Loaded, int], int],
+) -> int:
+    """Bytes of the caches of the source that holds most: of the model that writes, and its help.
+
+    `held` says what a model holds that writes up to so many tokens in every row.
+    """
+    probabilities, gamma = source_probabilities(recipe), recipe.teacher_gamma
+    roles = {
+        "draft": ("draft", "target") if recipe.interleave_top_k else ("draft",),
+        "teacher": ("target", "draft") if gamma else ("target",),
+    }
+    limits = {"draft": length, "teacher": length + gamma}
+    sizes = (
+        sum(held(models[role], limits[source]) for role in roles[source])
+        for source in roles
+        if probabilities[source] > 0
+    )
+    return max(sizes, default=0)
+
+
 def make_plan(
     prepared: parts.Prepared,
     config: parts.TrainingConfig,
     task: Task,
     layout: Layout,
     compiled: jax.stages.Compiled,
+    decoding: int,
 ) -> Plan:
-    """The bytes of a compiled step."""
+    """The bytes of a compiled step, and `decoding` for the decoder."""
     temporary, output = memory_of(compiled)
     state = prepared.state
     parameters = device_bytes(state.params)
@@ -144,6 +235,7 @@ def make_plan(
         caches=_caches(prepared, config, task, layout),
         temporary=temporary,
         output=output,
+        decoding=decoding,
     )
 
 
@@ -154,18 +246,18 @@ def _lengths(task: Task) -> tuple[int, int]:
 def _caches(
     prepared: parts.Prepared, config: parts.TrainingConfig, task: Task, layout: Layout
 ) -> int:
-    """Bytes of the largest cache of keys and values that one device may hold in a rollout."""
+    """Bytes of the keys and values that one device may hold in a rollout."""
     recipe = getattr(config, "recipe", None)
-    if recipe is None or recipe.resolve().lambda1 == 1:
+    if recipe is None:
         return 0
     length = getattr(config, "rollout_length", 0) or task.target_length
     rows = config.batch_size // layout.row_parts
 
-    def held(loaded: bench.Loaded) -> int:
-        whole = cache_bytes(loaded, rows, task.input_length, length)
+    def held(loaded: bench.Loaded, limit: int) -> int:
+        whole = cache_bytes(loaded, rows, task.input_length, limit)
         return whole // _head_parts(loaded, layout.mesh.shape)
 
-    return max(held(loaded) for loaded in prepared.models.values())
+    return rollout_caches(recipe.resolve(), prepared.models, length, held)
 
 
 def _head_parts(loaded: bench.Loaded, sizes: Mapping[str, int]) -> int:
@@ -180,6 +272,9 @@ def _introduce(
     introduce(prepared.name, prepared.models)
     axes = " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
     print(f"  mesh: {layout.mesh.size} devices, {axes}")
+    for axis, size in dataclasses.asdict(config.mesh).items():
+        if size == -1:
+            print(f"  mesh.{axis} is -1: planned for {layout.mesh.size} devices; give a number")
     inputs, targets = _lengths(task)
     print(
         f"  a step: {config.batch_size} rows of up to {inputs} + {targets} tokens, "
@@ -206,12 +301,13 @@ def _say(plan: Plan, seconds: float) -> None:
         "optimiser and average": plan.optimizer,
         "frozen models": plan.frozen,
         "batch": plan.batch,
-        "while the step runs": plan.temporary + plan.output,
+        "while the step runs": plan.running,
+        **({"while the draft is tried out": plan.decoding} if plan.decoding else {}),
+        "all at once, at most": plan.total,
     }
     print(f"a device holds (compiled in {seconds:.0f} s):")
     for name, size in lines.items():
-        print(f"  {name:<24}{size / GIB:10.3f} GiB")
-    print(f"  {'all':<24}{plan.total / GIB:10.3f} GiB")
+        print(f"  {name:<28}{size / GIB:10.3f} GiB")
     if plan.caches:
         print(f"  in the step: caches of a rollout {plan.caches / GIB:.3f} GiB")
 
@@ -229,16 +325,19 @@ def judge(total: int, memory_gib: float | None, advice: Callable[[], str]) -> in
 
 def advice(plan: Plan, config: parts.TrainingConfig) -> str:
     """Which option shrinks the largest item of a plan."""
-    running = plan.temporary + plan.output
-    largest = max(plan.optimizer, plan.parameters, plan.frozen, running)
-    if largest == running:
-        tensor, dtype = "a larger config.mesh.tensor", narrower(config.compute_dtype)
+    largest = max(plan.optimizer, plan.parameters, plan.frozen, plan.running, plan.decoding)
+    tensor, dtype = "a larger config.mesh.tensor", narrower(config.compute_dtype)
+    if largest == plan.running:
         if getattr(config, "loss_chunk", 1) == 0:
             options = "config.loss_chunk (logits are large), config.micro_batches"
             return f"set {options} or {tensor}{dtype}"
         more = f"{tensor} or more devices of config.mesh.data"
         return f"raise config.micro_batches, or take {more}{dtype}"
+    if largest == plan.decoding:
+        return f"lower config.decoder.batch_size, or take {tensor}{dtype}"
     if largest == plan.frozen:
+        if getattr(config, "target_layout", "") == "replicated":
+            return "set config.target_layout to 'sharded'"
         return "split the target over more devices: a larger config.mesh.fsdp or config.mesh.tensor"
     layout = "draft_layout" if hasattr(config, "draft_layout") else "model_layout"
     if getattr(config, layout) == "replicated":

@@ -20,9 +20,7 @@ from distillspec_jax.data.batch import Batch
 from distillspec_jax.data.tasks import Task, load_task
 from distillspec_jax.decoding.autoregressive import generate
 from distillspec_jax.decoding.sampling import Sampling
-from distillspec_jax.decoding.speculative import speculate
 from distillspec_jax.decoding.state import Speculation
-from distillspec_jax.distill.data_sources import source_probabilities
 from distillspec_jax.distill.recipes import LIKELIHOOD
 from distillspec_jax.evaluation import acceptance
 from distillspec_jax.models.config import ModelConfig
@@ -42,6 +40,10 @@ from experiments.planning import (
     make_virtual_devices,
     memory_of,
     narrower,
+    rollout_caches,
+    shape_of_key,
+    speculating,
+    trial_speculation,
 )
 
 if TYPE_CHECKING:
@@ -53,7 +55,6 @@ if TYPE_CHECKING:
 TASK_LENGTHS = "config.task.input_length", "config.task.target_length"
 
 _generate = jax.jit(generate, static_argnums=0, static_argnames=("sampling", "max_new_tokens"))
-_speculate = jax.jit(speculate, static_argnums=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,9 +272,12 @@ def _training(config: SweepConfig, task: Task, target: Loaded, draft: Loaded) ->
 
     def rollout(source: str) -> Program:
         cell = Cell("", steps, source=source)
-        sources = source_probabilities(cell.recipe(config.beta))
-        writers = [draft] * (sources["draft"] > 0) + [target] * (sources["teacher"] > 0)
-        caches = max(cache_bytes(each, call.rows, call.input_length, length) for each in writers)
+        caches = rollout_caches(
+            cell.recipe(config.beta),
+            {"target": target, "draft": draft},
+            length,
+            lambda model, limit: cache_bytes(model, call.rows, call.input_length, limit),
+        )
         program = half(0, f"texts by {source}", cell, config.optimizer)
         return dataclasses.replace(program, caches=caches)
 
@@ -292,14 +296,7 @@ def _tried_out(config: SweepConfig, task: Task, target: Loaded, draft: Loaded) -
     decoder = config.decoder
     options = "config.decoder.batch_size", *TASK_LENGTHS
     call = Call(decoder.batch_size, task.input_length, task.target_length, options)
-    speculation = Speculation(
-        target=target.model,
-        draft=draft.model,
-        gamma=decoder.gamma,
-        max_new_tokens=task.target_length,
-        sampling=Sampling(temperature=max(decoder.temperatures)),
-    )
-    program = _drafted(speculation, target, draft, call)
+    program = _drafted(trial_speculation(decoder, target, draft, task), target, draft, call)
     return dataclasses.replace(program, trained=bytes_of(draft.params))
 
 
@@ -309,7 +306,7 @@ def _alone(model: Loaded, call: Call, sampling: Sampling) -> Program:
         model.model,
         model.params,
         call.inputs,
-        _key(),
+        shape_of_key(),
         sampling=sampling,
         max_new_tokens=call.limit,
         row_ids=call.per_row,
@@ -321,7 +318,7 @@ def _alone(model: Loaded, call: Call, sampling: Sampling) -> Program:
 def _drafted(speculation: Speculation, target: Loaded, draft: Loaded, call: Call) -> Program:
     """Speculative decoding, in one batch or in as many slots."""
     params = target.params, draft.params
-    lowered = _speculate.lower(speculation, *params, call.inputs, _key(), call.per_row)
+    lowered = speculating.lower(speculation, *params, call.inputs, shape_of_key(), call.per_row)
     rows, limit = call.rows * speculation.num_drafts, call.limit + speculation.gamma
     caches = sum(cache_bytes(model, rows, call.input_length, limit) for model in (target, draft))
     return Program(f"drafted by {draft.path}, gamma {speculation.gamma}", lowered, call, caches)
@@ -353,10 +350,6 @@ def _of_each_shape(drafts: Sequence[Draft]) -> list[Draft]:
     for draft in drafts:
         first.setdefault(dataclasses.replace(draft.loaded.model.config, name=""), draft)
     return list(first.values())
-
-
-def _key() -> Any:
-    return jax.eval_shape(lambda: jax.random.key(0))
 
 
 def _say(needs: Sequence[Need], seconds: float) -> None:

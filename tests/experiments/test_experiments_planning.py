@@ -51,6 +51,7 @@ from experiments.report import ReportConfig
 from experiments.sweep import FinetuneStage, SweepConfig
 
 ROOT = Path(__file__).resolve().parents[2]
+DRAFT = "stories-draft"  # its caches are not as large as those of the target
 
 
 def live_arrays():
@@ -70,6 +71,7 @@ def config(models):
         rollout_length=7,
         draft_layout="sharded",
         mesh=MeshConfig(2, 2, 1),
+        decoder=watching.DecoderConfig(batch_size=3, gamma=2, temperatures=(1.0, 0.0)),
     )
 
 
@@ -82,8 +84,6 @@ def test_a_plan_says_what_a_run_would_hold(config, capsys):
     assert "mesh: 4 devices, data 2 x fsdp 2 x tensor 1" in out
     assert "a step: 8 rows of up to 9 + 11 tokens, 160 in all" in out
     assert "fits: 0.00 of 1 GiB" in out
-    assert plan(config, 1e-6) == planning.TOO_LARGE
-    assert "does not fit: 0.00 of 1e-06 GiB; set config.loss_chunk" in capsys.readouterr().out
 
 
 def test_shapes_are_those_of_the_arrays(config):
@@ -100,7 +100,7 @@ def test_shapes_are_those_of_the_arrays(config):
 
 
 GIB = 2**30
-SMALL = Plan(1, 1, 1, 1, 1, 1, 1)
+SMALL = Plan(1, 1, 1, 1, 1, 1, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,9 @@ SMALL = Plan(1, 1, 1, 1, 1, 1, 1)
         ({"temporary": GIB}, {"loss_chunk": 4}, "raise config.micro_batches"),
         ({"temporary": GIB}, {}, "config.compute_dtype 'bfloat16'"),
         ({"temporary": GIB}, {"loss_chunk": 4}, "config.compute_dtype 'bfloat16'"),
+        ({"decoding": GIB}, {}, "lower config.decoder.batch_size"),
         ({"frozen": GIB}, {}, "a larger config.mesh.fsdp or config.mesh.tensor"),
+        ({"frozen": GIB}, {"target_layout": "replicated"}, "set config.target_layout"),
         ({"optimizer": GIB}, {}, "take config.optimizer.name 'adafactor'"),
         ({"parameters": GIB}, {}, "take a larger config.mesh.fsdp"),
         ({"parameters": GIB}, {"draft_layout": "replicated"}, "set config.draft_layout"),
@@ -119,6 +121,111 @@ SMALL = Plan(1, 1, 1, 1, 1, 1, 1)
 def test_advice_is_about_the_largest_part(config, plan, changes, words):
     plan, config = dataclasses.replace(SMALL, **plan), dataclasses.replace(config, **changes)
     assert words in planning.advice(plan, config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "total"), [({}, 6), ({"decoding": 7}, 11), ({"output": 7}, 12)]
+)
+def test_a_device_holds_the_step_or_the_decoder(changes, total):
+    """Beside parameters, optimiser, frozen models and batch: one byte each."""
+    assert dataclasses.replace(SMALL, **changes).total == total
+
+
+def prepared(config):
+    """What a plan is made of: a mesh, a task, and models and state without arrays."""
+    layout, task = parts.open_layout(config), load_task(config.task)
+    with jax.set_mesh(layout.mesh):
+        return distill.prepare(config, task, layout, bench.outline), config, task, layout
+
+
+@pytest.mark.parametrize(
+    ("recipe", "limits"),
+    [
+        ({"name": "distillspec"}, {"draft": 7}),
+        ({"name": "imitkd"}, {"draft": 7}),
+        ({"name": "seqkd"}, {"target": 7}),
+        ({"name": "seqkd", "teacher_gamma": 2}, {"target": 9, "draft": 9}),
+        ({"name": "skd"}, {"target": 7, "draft": 7}),
+        ({"name": "f_distill"}, {"target": 7}),
+        ({"name": "f_distill", "interleave_top_k": 3}, {"target": 7, "draft": 7}),
+        ({"name": "sft"}, {}),
+    ],
+)
+def test_caches_of_a_rollout_are_those_of_who_writes(config, recipe, limits):
+    """Caches of the target are far larger, and do not always exist."""
+    recipe = distill.RecipeConfig(**recipe)
+    pair = {"target": "stories-target", "draft": DRAFT}
+    found = prepared(dataclasses.replace(config, **pair, recipe=recipe))
+    models, rows = found[0].models, 2  # of 8 on 4 devices
+    sizes = {role: planning.cache_bytes(models[role], rows, 9, limits[role]) for role in limits}
+    assert planning._caches(*found) == sum(sizes.values())
+
+
+def test_caches_are_a_part_of_what_the_step_adds(config):
+    """Those of a target that neither writes nor scores would be larger than all of it."""
+    pair = {"target": "stories-target", "draft": DRAFT}
+    settings = {"recipe": distill.RecipeConfig(loss="nll"), "loss_chunk": 1, "rollout_length": 200}
+    found = prepared(dataclasses.replace(config, **pair, **settings))
+    with jax.set_mesh(found[-1].mesh):
+        plan = planning.make_plan(*found, planning.compile_step(*found), 0)
+    assert 0 < plan.caches <= plan.temporary
+
+
+def test_the_decoder_is_planned_as_it_runs(config, stories, monkeypatch):
+    """Its rows are those that the mesh divides, and lie where a run puts them."""
+    data = {"name": "jsonl", "vocabulary": "arithmetic_stories", "truncate": True}
+    files = {f"{split}_file": str(stories / f"{split}.jsonl") for split in ("train", "validation")}
+    task = dataclasses.replace(config.task, **data, **files)
+    config = dataclasses.replace(config, task=task)
+    models, config, task, layout = prepared(config)
+    called = []
+
+    def record(*arguments):
+        called.append(real.lower(*arguments).as_text())
+        raise KeyboardInterrupt
+
+    real = speculative._compiled
+    monkeypatch.setattr(speculative, "_compiled", record)
+    with jax.set_mesh(layout.mesh):
+        run = distill.prepare(config, task, layout)
+        pair = run.models["target"], run.models["draft"]
+        evaluate = distill._make_evaluate(config, task, *pair, layout)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(run.state)
+        planned = planning.lower_trial(models, config.decoder, task, layout)
+    assert [planned.as_text()] == called
+
+
+def test_a_decoder_that_needs_more_than_the_step_decides(config, capsys):
+    decoder = dataclasses.replace(config.decoder, batch_size=512)
+    config = dataclasses.replace(config, decoder=decoder)
+    assert planning.planner(distill.prepare)(config, 1e-6) == planning.TOO_LARGE
+    out = capsys.readouterr().out
+    lines = "while the step runs", "while the draft is tried out", "all at once, at most"
+    step, decoding, everything = (
+        float(re.search(rf"{line} +([\d.]+) GiB", out)[1]) for line in lines
+    )
+    assert step < decoding <= everything
+    assert "of 1e-06 GiB; lower config.decoder.batch_size" in out
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp"])
+def test_an_axis_without_a_number_is_said(config, capsys, axis):
+    mesh = dataclasses.replace(config.mesh, **{axis: -1})
+    planning._introduce(*prepared(dataclasses.replace(config, mesh=mesh)))
+    out = capsys.readouterr().out
+    assert f"mesh.{axis} is -1: planned for 8 devices; give a number\n" in out
+    assert out.count("give a number") == 1
+
+
+@pytest.mark.parametrize(("sizes", "count"), [((-1, 1, 1), None), ((2, 2, 1), 4)])
+def test_a_plan_takes_no_accelerator(monkeypatch, sizes, count):
+    """Whatever the mesh: an accelerator that --plan opened would be taken from a run."""
+    settings = {}
+    monkeypatch.setattr(jax.config, "update", settings.__setitem__)
+    planning.make_virtual_devices(MeshConfig(*sizes))
+    devices = {"jax_num_cpu_devices": count} if count else {}
+    assert settings == {"jax_platforms": "cpu", **devices}
 
 
 def test_a_mesh_that_does_not_divide_the_heads_is_refused(config):
@@ -131,7 +238,9 @@ def test_finetuning_can_be_planned(config, models, capsys):
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(parts.TrainingConfig)}
     config = finetune.FinetuneConfig(**fields, model=str(models / "draft"))
     assert planning.planner(finetune.prepare)(config, 1.0) is None
-    assert "caches" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "caches" not in out
+    assert "tried out" not in out
 
 
 XXL = """from ml_collections import ConfigDict
@@ -172,9 +281,6 @@ def test_xxl_on_64_devices_is_planned_on_a_laptop(tmp_path):
 
 def real_bytes(tree):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-
-DRAFT = "stories-draft"  # its caches are not as large as those of the target
 
 
 @pytest.fixture(scope="module")
