@@ -41,6 +41,7 @@ CONFIG = "experiments/configs/faults.py"
 INTERRUPTIONS, REPORT = "interruptions.json", "faults.json"
 CLOCKS = ("wall_time", "seconds", "compile_seconds", "tokens_per_second")
 SAVE_SECONDS = 0.1  # about what a save takes: a random part of it passes before the signal
+EARLY_EVERY, EARLY_SECONDS = 5, 15.0  # which kills may fall into a start, and what it takes
 _MARGIN = 40  # steps at the end without interruptions
 START_SECONDS = 300.0  # a start that takes longer hangs
 
@@ -104,7 +105,7 @@ def _run(workdir: Path, log: Path) -> None:
 def _interrupt(
     workdir: Path, kind: str, number: int, done: list[Interruption], planned: int
 ) -> Interruption:
-    """Starts the run and ends it after a random number of steps."""
+    """Starts the run and ends it after a random number of steps, or at a random time from then."""
     run, log = workdir / "interrupted", workdir / "interrupted.log"
     rng = random.Random(f"{_SEED.value} {number}")
     began = _newest(run)
@@ -112,14 +113,15 @@ def _interrupt(
         raise UserError(f"step {done[-1].saved} was saved, but step {began} is the newest; {log}")
     left = _STEPS.value - _MARGIN - began
     life = rng.randint(1, max(2, 2 * left // (planned - number + 2)))
-    goal = began + max(1, min(life, left))
+    is_early = kind == "SIGKILL" and number % EARLY_EVERY == 0
+    goal = began + (1 if is_early else max(1, min(life, left)))
     job = _start(run, log)
-    limit = time.monotonic() + START_SECONDS
-    while _newest(run) < goal and job.poll() is None:
-        if time.monotonic() > limit:
-            job.kill()
-            raise UserError(f"the run in {run} did not come from step {began} to {goal}; see {log}")
+    limit = time.monotonic() + (rng.random() * EARLY_SECONDS if is_early else START_SECONDS)
+    while _newest(run) < goal and job.poll() is None and time.monotonic() < limit:
         time.sleep(0.002)
+    if time.monotonic() >= limit and not is_early:
+        job.kill()
+        raise UserError(f"the run in {run} did not come from step {began} to {goal}; see {log}")
     time.sleep(rng.random() * SAVE_SECONDS)
     in_save = any((run / FOLDER).glob("*tmp*"))
     job.send_signal(getattr(signal, kind))
@@ -149,6 +151,7 @@ def _report(workdir: Path, done: list[Interruption]) -> int | None:
         "kills": sum(each.kind == "SIGKILL" for each in done),
         "terms": sum(each.kind == "SIGTERM" for each in done),
         "during_a_save": sum(each.in_save for each in done),
+        "before_the_first_save": sum(each.saved == each.began for each in done),
         "steps": _STEPS.value,
         "arrays_that_differ": differing,
         "records_are_the_same": same_records,
