@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -115,10 +116,11 @@ def _beside_trl(config: Config, seed: int, *, part: str, key: str) -> Found:
     theirs = torch_distill.trl_calls(
         ours.draft.config, ours.target.config, np.asarray(ours.batch.inputs), pair.target_length
     )
-    timings = side_by_side({**ours.calls(), **theirs}, repeats=config.rounds, seed=seed)
+    calls = {**ours.calls(), **theirs}
+    timings = side_by_side(calls, repeats=config.rounds, seed=seed)
     figures = _ratio(key, timings["trl_step"], timings["step"])
     tokens = pair.batch_size * pair.target_length
-    return figures, [*_rows(timings, pair, tokens), ours.memory()]
+    return figures, [*_rows(timings, pair, tokens, calls), ours.memory()]
 
 
 def _beside_torch(config: Config, seed: int) -> Found:
@@ -133,7 +135,7 @@ def _beside_torch(config: Config, seed: int) -> Found:
     timings = side_by_side(calls, repeats=config.rounds, seed=seed)
     figures = _ratio("score_update_over_torch", timings["torch_update"], timings["update"])
     tokens = pair.batch_size * pair.target_length
-    return figures, [*_rows(timings, pair, tokens), ours.memory()]
+    return figures, [*_rows(timings, pair, tokens, calls), ours.memory()]
 
 
 def _chunked(config: Config, seed: int) -> Found:
@@ -370,12 +372,40 @@ def _ratio(key: str, slower: Timing, faster: Timing) -> Row:
     }
 
 
-def _rows(timings: Mapping[str, Timing], pair: Pair, tokens: int) -> list[Row]:
-    shapes = dataclasses.asdict(pair)
-    return [
-        {**_times(name, timing), "tokens_per_second": tokens / timing.median, **shapes}
-        for name, timing in timings.items()
-    ]
+def _rows(
+    timings: Mapping[str, Timing],
+    pair: Pair,
+    tokens: int,
+    calls: Mapping[str, Callable[[], Any]] | None = None,
+) -> list[Row]:
+    """Times of each, and of `calls` the memory, taken in one more round."""
+    rows = []
+    for name, timing in timings.items():
+        row = {**_times(name, timing), "tokens_per_second": tokens / timing.median}
+        if calls is not None:
+            row["added_bytes"] = added_bytes(calls[name])
+        rows.append(row | dataclasses.asdict(pair))
+    return rows
+
+
+def added_bytes(call: Callable[[], Any]) -> int | None:
+    """Most bytes of memory that this process holds while `call` runs, beyond those before.
+
+    Whoever allocates them. None where the system does not tell (Linux does).
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    except OSError:
+        return None
+    before = _resident_bytes("VmRSS")
+    jax.block_until_ready(call())
+    return _resident_bytes("VmHWM") - before
+
+
+def _resident_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    [line] = [line for line in lines if line.startswith(f"{field}:")]
+    return int(line.split()[1]) * 1024
 
 
 def _times(name: str, timing: Timing) -> Row:

@@ -104,6 +104,14 @@ def test_ratios_are_of_medians_and_their_spread_of_rounds():
     assert found == {"x": 3.0, "x_spread": [1.0, 4.0]}
 
 
+def test_memory_is_what_a_call_adds_whoever_allocates_it():
+    held = [np.ones(2**23)]  # 64 MiB from before do not count
+    found = distill.added_bytes(lambda: np.ones(2**22).sum())
+    if found is None:
+        pytest.skip("the system does not tell the peak of a process")
+    assert 32 * 2**20 * 0.9 < found < held[0].nbytes
+
+
 def test_parts_without_their_peers_are_left_out(monkeypatch, capsys):
     monkeypatch.setattr(distill.importlib.util, "find_spec", lambda name: None)
     assert distill.measure(Config(parts=("trl", "torch")), seed=0) == ({}, [])
