@@ -252,7 +252,8 @@ def test_likelihood_is_the_control_on_references_alone():
 
 def test_a_grid_shows_the_control_as_likelihood_on_references(task):
     def counts(emitted):
-        return {"counts": {"0": [[emitted], [2], [1], [2]]}, "train_seconds": 1.0}
+        two_prompts = [[emitted] * 2, [2] * 2, [1] * 2, [2] * 2]
+        return {"counts": {"0": two_prompts}, "train_seconds": 1.0}
 
     by = {"teacher": 8, "fixed": 6}
     measured = {
@@ -265,7 +266,7 @@ def test_a_grid_shows_the_control_as_likelihood_on_references(task):
     assert "| nll | 3.00 [3.00, 3.00] | 4.00 [4.00, 4.00] |" in markdown(rows)
     found = summary(rows, DecoderConfig(gamma=7, temperatures=(0.0,), num_prompts=500))
     assert found["best_cell_t0"]["name"] == "nll-teacher"
-    assert found["num_prompts"] == 1
+    assert found["num_prompts"] == 2
 
 
 def test_steps_that_were_skipped_are_in_no_mean(trainer, pair, monkeypatch, tmp_path):
