@@ -305,7 +305,9 @@ def chosen_step(workdir: Path) -> int:
 
 
 def _mark_best(checkpoint: Path) -> None:
-    """Has the description of a whole checkpoint say that it is the best."""
+    """Has the description of a whole checkpoint say that it is the best, unless it does."""
+    if _says_best(checkpoint):
+        return
     metadata = checkpoint / "description" / "metadata"
     stored = json.loads(metadata.read_text("utf-8")) | {"best": True}
     changed = metadata.with_suffix(".tmp")
