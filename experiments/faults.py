@@ -41,7 +41,7 @@ CONFIG = "experiments/configs/faults.py"
 INTERRUPTIONS, REPORT = "interruptions.json", "faults.json"
 CLOCKS = ("wall_time", "seconds", "compile_seconds", "tokens_per_second")
 SAVE_SECONDS = 0.1  # about what a save takes: a random part of it passes before the signal
-EARLY_EVERY, EARLY_SECONDS = 5, 15.0  # which kills may fall into a start, and what it takes
+EARLY_EVERY, EARLY_SECONDS = 5, 8.0  # which kills may fall into a start, and what it takes
 _MARGIN = 40  # steps at the end without interruptions
 START_SECONDS = 300.0  # a start that takes longer hangs
 
