@@ -37,6 +37,7 @@ from distillspec_jax.errors import UserError
 FAILED = 1  # exit code: an error of this host's own
 LOST = 75  # exit code: another host is missing or died; the job may be started again
 ARRIVALS = ".hosts"  # in the job's folder: one file per host that waits for the others
+SHARED = "shared"  # in there: a file of the first host, for the others to see
 _SPOKEN_BEFORE = 30.0  # seconds that this module's time limit is ahead of the engine's own
 _SEEN_SECONDS = 20.0  # until a new file is seen on all hosts: caches of network file systems
 _ERROR_BYTES = 2_000
@@ -78,6 +79,7 @@ def initialize(folder: Path, environment: Mapping[str, str] = os.environ) -> Non
         raise UserError(f"{folder} is a file, must be a folder that all hosts see")
     arrivals = folder / ARRIVALS
     arrivals.mkdir(parents=True, exist_ok=True)
+    (arrivals / SHARED).unlink(missing_ok=True)  # of a start that was ended
     (arrivals / me).write_text("")
     patience = threading.Timer(limit, _give_up, [arrivals, me, expected, limit])
     patience.daemon = True
@@ -89,9 +91,11 @@ def initialize(folder: Path, environment: Mapping[str, str] = os.environ) -> Non
             heartbeat_timeout_seconds=limit,
         )
     except ValueError as error:  # of arguments that JAX was to find
+        if count != "auto":
+            raise
         _take_away(arrivals / me, arrivals, folder)
         raise UserError(
-            f"DISTILLSPEC_HOSTS is '{count}', and JAX detects no cluster here ({error}); give the "
+            f"DISTILLSPEC_HOSTS is 'auto', and JAX detects no cluster here ({error}); give the "
             "number of hosts, or leave it out on one host"
         ) from error
     finally:
@@ -110,7 +114,7 @@ def is_one_host(environment: Mapping[str, str] = os.environ) -> bool:
 
 def _check_shared(folder: Path, patience: float) -> None:
     """Refuses a folder that only looks the same: each host would wait for files of the others."""
-    sign = folder / ARRIVALS / "shared"
+    sign = folder / ARRIVALS / SHARED
     on_first(lambda: sign.write_text(""))
     ends = time.monotonic() + patience
     while not sign.exists() and time.monotonic() < ends:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from distillspec_jax.data.tasks import Task
-from distillspec_jax.evaluation.intervals import ratio, ratio_of_ratios
+from distillspec_jax.evaluation.intervals import ratio, ratio_of_ratios, worded
 from experiments.cells import CONTROL, SOURCES, START, Cell
 from experiments.watching import DecoderConfig
 
@@ -160,13 +160,14 @@ def _curve(rows: list[Row]) -> str:
 
 
 def _tau(row: Row) -> str:
-    interval = row.get("block_efficiency_ci95")
-    bounds = f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
-    return f"{row['block_efficiency']:.2f}{bounds}"
+    return worded(row, "block_efficiency", ".2f")
 
 
 def _gain(row: Row, key: str) -> str:
     if key not in row:
         return ""
-    low_high = [f"{100 * (bound - 1):+.0f}" for bound in row.get(f"{key}_ci95", ())]
-    return f"{100 * (row[key] - 1):+.0f} %" + f" [{', '.join(low_high)}]" * bool(low_high)
+    gain = f"{100 * (row[key] - 1):+.0f} %"
+    if f"{key}_ci95" not in row:
+        return f"{gain} (n=1)"
+    low, high = (100 * (bound - 1) for bound in row[f"{key}_ci95"])
+    return f"{gain} [{low:+.0f}, {high:+.0f}]"

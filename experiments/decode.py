@@ -26,7 +26,7 @@ from rich.text import Text
 
 from distillspec_jax.data.examples import Examples
 from distillspec_jax.errors import UserError
-from distillspec_jax.evaluation.intervals import ratio
+from distillspec_jax.evaluation.intervals import ratio, worded
 from distillspec_jax.progress import Progress
 from experiments import door, planning_decoding
 from experiments.decoder import (
@@ -176,18 +176,10 @@ def _summary(
 def _say(summary: dict[str, Any], path: Path) -> None:
     for key in ("block_efficiency", "acceptance_rate"):
         if key in summary:
-            print(f"{key}: {_figure(summary, key)}")
+            print(f"{key}: {worded(summary, key)}")
     [rate] = (value for key, value in summary.items() if key.startswith("tokens_per_second"))
     print(f"tokens per second: {rate:,.0f}, {summary['num_prompts']} prompts")
     print(f"files: {path} ({OUTPUTS}, {METRICS}, summary.json)")
-
-
-def _figure(summary: dict[str, Any], key: str) -> str:
-    """A figure with its interval, which one prompt does not give."""
-    if f"{key}_ci95" not in summary:
-        return f"{summary[key]:.3g} (n=1)"
-    low, high = summary[f"{key}_ci95"]
-    return f"{summary[key]:.3g} [{low:.3g}, {high:.3g}]"
 
 
 def _with_flags(config: DecodeConfig) -> DecodeConfig:

@@ -23,6 +23,7 @@ from distillspec_jax.data import tasks
 from distillspec_jax.data.tasks import TaskConfig
 from distillspec_jax.decoding.block_length import FIXED, BlockLength
 from distillspec_jax.errors import UserError
+from distillspec_jax.evaluation.intervals import worded
 from distillspec_jax.models.config import check_dtype
 from experiments import door, measuring, planning_decoding
 from experiments.bench import Bench, DraftSampling, check_seeds, open_bench
@@ -167,15 +168,9 @@ def _say(summary: dict[str, Any], path: Path) -> None:
             label += f", lenience {row['lenience']:g}"
         if row.get("batch_size", 1) != 1:
             label += f", batch {row['batch_size']}"
-        figures = [_figure(row, key) for key in FIGURES if row.get(key) is not None]
+        figures = [f"{key} {worded(row, key)}" for key in FIGURES if row.get(key) is not None]
         print(f"{label}: {', '.join(figures)}")
     print(f"files: {path} ({SUMMARY}, {METRICS}, config.json)")
-
-
-def _figure(row: dict[str, Any], key: str) -> str:
-    interval = row.get(f"{key}_ci95")  # one prompt has none
-    bounds = f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else " (one prompt)"
-    return f"{key} {row[key]:.3g}{bounds}"
 
 
 if __name__ == "__main__":

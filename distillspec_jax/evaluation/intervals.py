@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -70,6 +71,15 @@ def _weights(
     prompts = rng.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), draws)
     seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), draws)
     return seeds.astype(np.float64), prompts.astype(np.float64)
+
+
+def worded(figures: Mapping[str, Any], name: str, form: str = ".3g") -> str:
+    """A figure that `Estimate.keys` gave, with its interval, which one prompt does not have."""
+    value, interval = format(figures[name], form), figures.get(f"{name}_ci95")
+    if interval is None:
+        return f"{value} (n=1)"
+    low, high = (format(bound, form) for bound in interval)
+    return f"{value} [{low}, {high}]"
 
 
 def estimate(

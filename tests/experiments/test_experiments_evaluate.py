@@ -464,8 +464,7 @@ def test_packaged_names_are_models_too():
 
 def test_one_prompt_has_figures_without_intervals():
     row = {"block_efficiency": 3.0, "gain_over_x": 1.25}
-    assert evaluate._figure(row, "block_efficiency") == "block_efficiency 3 (one prompt)"
-    assert cell_tables._tau(row) == "3.00"
-    assert cell_tables._gain(row, "gain_over_x") == "+25 %"
+    assert cell_tables._tau(row) == "3.00 (n=1)"
+    assert cell_tables._gain(row, "gain_over_x") == "+25 % (n=1)"
     assert page._interval(row, "block_efficiency") == "one prompt: no interval"
     assert figures._error(row, "block_efficiency") == [[0.0], [0.0]]

@@ -371,6 +371,10 @@ def test_a_host_that_does_not_come_is_named(environment, config_file, tmp_path):
 
 def test_hosts_with_folders_of_their_own_are_told(environment, config_file, tmp_path):
     port, config = free_port(), config_file("distill")
+    (tmp_path / "1" / hosts.ARRIVALS).mkdir(parents=True)
+    (tmp_path / "1" / hosts.ARRIVALS / hosts.SHARED).write_text(
+        ""
+    )  # left by a start that was ended
     started = []
     for host in range(2):
         variables = environment(
