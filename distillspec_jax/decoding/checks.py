@@ -83,14 +83,13 @@ def _check_prompts(prompts: np.ndarray, is_read: np.ndarray, pad_id: int, vocab_
         raise UserError(
             f"empty prompt in row {_rows(empty)}: every prompt needs at least one token"
         )
-    holes = is_read[:, None] & is_pad[:, :-1] & ~is_pad[:, 1:]
-    holed = np.asarray(holes.any(axis=1))
+    holed = is_read & (is_pad[:, :-1] & ~is_pad[:, 1:]).any(axis=1)
     if holed.any():
         raise UserError(f"padding before a token in row {_rows(holed)}: right-pad the prompts")
     outside = is_read[:, None] & ((prompts < 0) | (prompts >= vocab_size))
     if outside.any():
         raise UserError(
-            f"id {prompts[outside][0]} in row {_rows(outside.any(axis=1))} is outside "
+            f"id {prompts[outside][0]} in row {_rows(np.asarray(outside.any(axis=1)))} is outside "
             f"0 <= id < {vocab_size}, the vocabulary of the model"
         )
 
