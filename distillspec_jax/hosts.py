@@ -18,7 +18,6 @@ import contextlib
 import itertools
 import os
 import re
-import socket
 import sys
 import threading
 import time
@@ -32,6 +31,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
+from distillspec_jax import cluster
 from distillspec_jax.errors import UserError
 
 FAILED = 1  # exit code: an error of this host's own
@@ -48,7 +48,6 @@ _COMMUNICATION = re.compile(
     re.IGNORECASE,
 )
 _meetings = itertools.count()  # the same number in all processes: they all come to all meetings
-_RANKS = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
 
 
 def initialize(folder: Path, environment: Mapping[str, str] = os.environ) -> None:
@@ -64,10 +63,10 @@ def initialize(folder: Path, environment: Mapping[str, str] = os.environ) -> Non
     limit = _limit(environment)
     arguments: dict[str, Any] = {}
     if count == "auto":
-        me, expected = _detected(environment)
+        me, expected = cluster.detected(environment)
     else:
-        expected = _number(environment, "DISTILLSPEC_HOSTS", "", least=1)
-        index = _number(environment, "DISTILLSPEC_HOST", "", least=0)
+        expected = cluster.number(environment, "DISTILLSPEC_HOSTS", least=1)
+        index = cluster.number(environment, "DISTILLSPEC_HOST", least=0)
         if index >= expected or "JAX_COORDINATOR_ADDRESS" not in environment:
             raise UserError(
                 f"host {index} of {expected} needs DISTILLSPEC_HOST below DISTILLSPEC_HOSTS, and "
@@ -108,7 +107,7 @@ def is_one_host(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether the environment speaks of no other process, as far as it says a number."""
     count = environment.get("DISTILLSPEC_HOSTS", "")
     if count == "auto":
-        return _detected(environment)[1] == 1
+        return cluster.detected(environment)[1] == 1
     return count in ("", "1")
 
 
@@ -135,34 +134,8 @@ def _take_away(*paths: Path) -> None:
             path.rmdir() if path.is_dir() else path.unlink()
 
 
-def _detected(environment: Mapping[str, str]) -> tuple[str, int | None]:
-    """Name of this process among the arrivals, and how many there are to be, if that is known.
-
-    A number where the cluster tells it in the environment, in the order in which JAX looks.
-    """
-    for rank, count in _RANKS:
-        if rank in environment and count in environment:
-            ranks = _number(environment, count, "", least=1)
-            return str(_number(environment, rank, "", least=0)), ranks
-    workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
-    if workers and "TPU_WORKER_ID" in environment:
-        in_slice = len(workers.split(","))
-        worker = _number(environment, "TPU_WORKER_ID", "", least=0)
-        slice_index = _number(environment, "MEGASCALE_SLICE_ID", "0", least=0)
-        slices = _number(environment, "MEGASCALE_NUM_SLICES", "1", least=1)
-        return str(slice_index * in_slice + worker), slices * in_slice
-    return socket.gethostname(), None
-
-
-def _number(environment: Mapping[str, str], key: str, default: str, *, least: int) -> int:
-    text = environment.get(key, default)
-    if not text.isdigit() or int(text) < least:
-        raise UserError(f"{key} is {text!r}; give a number from {least}")
-    return int(text)
-
-
 def _limit(environment: Mapping[str, str]) -> int:
-    return _number(environment, "DISTILLSPEC_HOSTS_TIMEOUT", "300", least=1)
+    return cluster.number(environment, "DISTILLSPEC_HOSTS_TIMEOUT", "300", least=1)
 
 
 def _give_up(arrivals: Path, me: str, expected: int | None, limit: float) -> None:
