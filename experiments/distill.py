@@ -205,4 +205,4 @@ def _notice(figures: Figures) -> str | None:
 
 
 if __name__ == "__main__":
-    door.run(main, DistillConfig, plan=planning.planner(prepare), on_hosts=True)
+    door.run(main, DistillConfig, plan=planning.planner(prepare, planning.trial), on_hosts=True)

@@ -105,7 +105,8 @@ def _make_evaluate(
 ) -> Callable[[TrainState], dict[str, float]]:
     size = layout.round_up(config.batch_size)
     batches = parts.validation_batches(task, config, config.validation_examples, size)
-    watches = [make_likelihood(model, [layout.place(batch) for batch in batches])]
+    chunk = config.loss_chunk or None
+    watches = [make_likelihood(model, map(layout.place, batches), chunk=chunk)]
     if config.decode_prompts:
         prompts = parts.validation_batches(task, config, config.decode_prompts, size)
         watches.append(make_quality(model, task, prompts, place=layout.place))
@@ -118,4 +119,6 @@ def _make_evaluate(
 
 
 if __name__ == "__main__":
-    door.run(main, FinetuneConfig, plan=planning.planner(prepare), on_hosts=True)
+    door.run(
+        main, FinetuneConfig, plan=planning.planner(prepare, planning.validation), on_hosts=True
+    )

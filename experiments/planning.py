@@ -1,8 +1,8 @@
 """What --plan says: bytes a device would hold, tokens a step, and whether that fits.
 
-Nothing is allocated: parameters are shapes with shardings, the step and the decoder that tries the
-draft out are compiled for a mesh of virtual CPU devices, and the compiler says what they need. It
-is the CPU's compiler: an accelerator fuses more and holds bfloat16 as it is, where a CPU makes
+Nothing is allocated: parameters are shapes with shardings, the step and what is done between steps
+are compiled for a mesh of virtual CPU devices, and the compiler says what they need. It is the
+CPU's compiler: an accelerator fuses more and holds bfloat16 as it is, where a CPU makes
 float32 copies, so its temporaries are as a rule smaller.
 """
 
@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from distillspec_jax.data.batch import Batch
 from distillspec_jax.data.tasks import Task, load_task
+from distillspec_jax.decoding.autoregressive import generate
 from distillspec_jax.decoding.sampling import Sampling
 from distillspec_jax.decoding.speculative import speculate
 from distillspec_jax.decoding.state import Speculation
@@ -30,19 +31,35 @@ from distillspec_jax.models import transformer
 from distillspec_jax.sharding.layout import Layout, device_bytes, placed
 from distillspec_jax.sharding.mesh import MeshConfig
 from distillspec_jax.sharding.rules import batch_sharding
+from distillspec_jax.training.validation import sums as likelihood_sums
 from experiments import bench, parts
 
 if TYPE_CHECKING:
     from distillspec_jax.distill.recipes import Recipe
+    from experiments.distill import DistillConfig
+    from experiments.finetune import FinetuneConfig
     from experiments.watching import DecoderConfig
 
 TOO_LARGE = 1  # exit code of a plan that does not fit
 GIB = 2**30
 
 speculating = jax.jit(speculate, static_argnums=0)
+generating = jax.jit(generate, static_argnums=0, static_argnames=("sampling", "max_new_tokens"))
 
 # Only time is saved by these: neither changes what is allocated.
 _QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pause:
+    """What is done between steps; `words` say when, `option` is the config's that makes it less."""
+
+    words: str
+    lowered: jax.stages.Lowered
+    option: str
+
+
+Pauses = Callable[[parts.Prepared, Any, Task, Layout], list[Pause]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +68,7 @@ class Plan:
 
     `temporary` is what the compiler adds while the step runs: activations, gradients, gathered
     weights and caches; `caches` is their part in it by shape, and 0 where nothing is sampled.
-    `decoding` is what the compiler adds between steps, while the draft is tried out by the real
-    decoder; 0 where it is not.
+    `pausing` is what the compiler adds between steps, in the `pause` that needs most.
     """
 
     parameters: int
@@ -62,7 +78,8 @@ class Plan:
     caches: int
     temporary: int
     output: int  # what the step returns in buffers of its own
-    decoding: int
+    pausing: int
+    pause: Pause
 
     @property
     def running(self) -> int:
@@ -72,10 +89,12 @@ class Plan:
     @property
     def total(self) -> int:
         held = self.parameters + self.optimizer + self.frozen + self.batch
-        return held + max(self.running, self.decoding)
+        return held + max(self.running, self.pausing)
 
 
-def planner(prepare: Callable[..., parts.Prepared]) -> Callable[[Any, float | None], int | None]:
+def planner(
+    prepare: Callable[..., parts.Prepared], pauses: Pauses
+) -> Callable[[Any, float | None], int | None]:
     """The --plan of an entrypoint: `(config, GiB of a device or None) -> exit code`."""
 
     def plan(config: parts.TrainingConfig, memory_gib: float | None) -> int | None:
@@ -87,8 +106,9 @@ def planner(prepare: Callable[..., parts.Prepared]) -> Callable[[Any, float | No
             _introduce(prepared, config, task, layout)
             start = time.perf_counter()
             compiled = compile_step(prepared, config, task, layout)
-            decoding = decoding_bytes(prepared, config, task, layout)
-            found = make_plan(prepared, config, task, layout, compiled, decoding)
+            found = make_plan(
+                prepared, config, task, layout, compiled, pauses(prepared, config, task, layout)
+            )
         _say(found, time.perf_counter() - start)
         return judge(found.total, memory_gib, lambda: advice(found, config))
 
@@ -117,14 +137,35 @@ def compile_step(
     return compile_quickly(prepared.step.lower(*arguments))
 
 
-def decoding_bytes(
-    prepared: parts.Prepared, config: parts.TrainingConfig, task: Task, layout: Layout
-) -> int:
-    """Bytes added while the draft is tried out; 0 for a config without a decoder."""
-    decoder: DecoderConfig | None = getattr(config, "decoder", None)
-    if decoder is None:
-        return 0
-    return sum(memory_of(compile_quickly(lower_trial(prepared, decoder, task, layout))))
+def trial(
+    prepared: parts.Prepared, config: DistillConfig, task: Task, layout: Layout
+) -> list[Pause]:
+    """The pauses of distillation."""
+    lowered = lower_trial(prepared, config.decoder, task, layout)
+    return [Pause("while the draft is tried out", lowered, "config.decoder.batch_size")]
+
+
+def validation(
+    prepared: parts.Prepared, config: FinetuneConfig, task: Task, layout: Layout
+) -> list[Pause]:
+    """The pauses of fine-tuning: likelihood of references, and answers where they are asked for."""
+    batch = _longest_batch(layout.round_up(config.batch_size), task, layout)
+    model, params = prepared.models["model"].model, prepared.state.best_params
+    chunk = config.loss_chunk or None
+    lowered = likelihood_sums.lower(model, params, batch.inputs, batch.targets, chunk)
+    found = [Pause("while it is validated", lowered, "config.batch_size")]
+    if config.decode_prompts:
+        lowered = generating.lower(
+            model,
+            params,
+            batch.inputs,
+            _placed_key(layout),
+            sampling=Sampling(temperature=0.0),
+            max_new_tokens=task.target_length,
+            row_ids=batch.example_ids,
+        )
+        found.append(Pause("while it answers", lowered, "config.batch_size"))
+    return found
 
 
 def lower_trial(
@@ -135,8 +176,12 @@ def lower_trial(
     target, draft = prepared.models["target"], prepared.models["draft"]
     params = target.params, prepared.state.best_params
     speculation = trial_speculation(decoder, target, draft, task)
-    key = placed(shape_of_key(), NamedSharding(layout.mesh, PartitionSpec()))
+    key = _placed_key(layout)
     return speculating.lower(speculation, *params, prompts.inputs, key, prompts.example_ids)
+
+
+def _placed_key(layout: Layout) -> Any:
+    return placed(shape_of_key(), NamedSharding(layout.mesh, PartitionSpec()))
 
 
 def _longest_batch(rows: int, task: Task, layout: Layout) -> Batch:
@@ -220,10 +265,11 @@ def make_plan(
     task: Task,
     layout: Layout,
     compiled: jax.stages.Compiled,
-    decoding: int,
+    pauses: Sequence[Pause],
 ) -> Plan:
-    """The bytes of a compiled step, and `decoding` for the decoder."""
+    """The bytes of a compiled step, and of the pause that needs most."""
     temporary, output = memory_of(compiled)
+    pausing = [sum(memory_of(compile_quickly(pause.lowered))) for pause in pauses]
     state = prepared.state
     parameters = device_bytes(state.params)
     rows = sum(_lengths(task)) + 1
@@ -235,7 +281,8 @@ def make_plan(
         caches=_caches(prepared, config, task, layout),
         temporary=temporary,
         output=output,
-        decoding=decoding,
+        pausing=max(pausing),
+        pause=pauses[pausing.index(max(pausing))],
     )
 
 
@@ -302,7 +349,7 @@ def _say(plan: Plan, seconds: float) -> None:
         "frozen models": plan.frozen,
         "batch": plan.batch,
         "while the step runs": plan.running,
-        **({"while the draft is tried out": plan.decoding} if plan.decoding else {}),
+        plan.pause.words: plan.pausing,
         "all at once, at most": plan.total,
     }
     print(f"a device holds (compiled in {seconds:.0f} s):")
@@ -325,7 +372,7 @@ def judge(total: int, memory_gib: float | None, advice: Callable[[], str]) -> in
 
 def advice(plan: Plan, config: parts.TrainingConfig) -> str:
     """Which option shrinks the largest item of a plan."""
-    largest = max(plan.optimizer, plan.parameters, plan.frozen, plan.running, plan.decoding)
+    largest = max(plan.optimizer, plan.parameters, plan.frozen, plan.running, plan.pausing)
     tensor, dtype = "a larger config.mesh.tensor", narrower(config.compute_dtype)
     if largest == plan.running:
         if getattr(config, "loss_chunk", 1) == 0:
@@ -333,8 +380,8 @@ def advice(plan: Plan, config: parts.TrainingConfig) -> str:
             return f"set {options} or {tensor}{dtype}"
         more = f"{tensor} or more devices of config.mesh.data"
         return f"raise config.micro_batches, or take {more}{dtype}"
-    if largest == plan.decoding:
-        return f"lower config.decoder.batch_size, or take {tensor}{dtype}"
+    if largest == plan.pausing:
+        return f"lower {plan.pause.option}, or take {tensor}{dtype}"
     if largest == plan.frozen:
         if getattr(config, "target_layout", "") == "replicated":
             return "set config.target_layout to 'sharded'"

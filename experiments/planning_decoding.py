@@ -18,7 +18,6 @@ import numpy as np
 
 from distillspec_jax.data.batch import Batch
 from distillspec_jax.data.tasks import Task, load_task
-from distillspec_jax.decoding.autoregressive import generate
 from distillspec_jax.decoding.sampling import Sampling
 from distillspec_jax.decoding.state import Speculation
 from distillspec_jax.distill.recipes import LIKELIHOOD
@@ -35,6 +34,7 @@ from experiments.planning import (
     bytes_of,
     cache_bytes,
     compile_quickly,
+    generating,
     introduce,
     judge,
     make_virtual_devices,
@@ -53,8 +53,6 @@ if TYPE_CHECKING:
     from experiments.sweep import SweepConfig
 
 TASK_LENGTHS = "config.task.input_length", "config.task.target_length"
-
-_generate = jax.jit(generate, static_argnums=0, static_argnames=("sampling", "max_new_tokens"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,7 +300,7 @@ def _tried_out(config: SweepConfig, task: Task, target: Loaded, draft: Loaded) -
 
 def _alone(model: Loaded, call: Call, sampling: Sampling) -> Program:
     """The model decodes without a draft."""
-    lowered = _generate.lower(
+    lowered = generating.lower(
         model.model,
         model.params,
         call.inputs,

@@ -24,6 +24,7 @@ from distillspec_jax.errors import UserError
 from distillspec_jax.models import transformer
 from distillspec_jax.sharding.layout import device_bytes
 from distillspec_jax.sharding.mesh import MeshConfig
+from distillspec_jax.training import validation
 from distillspec_jax.training.optimizers import OptimizerConfig, make_optimizer
 from distillspec_jax.training.state import TrainState
 from experiments import (
@@ -76,7 +77,7 @@ def config(models):
 
 
 def test_a_plan_says_what_a_run_would_hold(config, capsys):
-    plan = planning.planner(distill.prepare)
+    plan = planning.planner(distill.prepare, planning.trial)
     before = live_arrays()
     assert plan(config, 1.0) is None
     assert live_arrays() == before
@@ -100,7 +101,7 @@ def test_shapes_are_those_of_the_arrays(config):
 
 
 GIB = 2**30
-SMALL = Plan(1, 1, 1, 1, 1, 1, 1, 1)
+SMALL = Plan(1, 1, 1, 1, 1, 1, 1, 1, planning.Pause("while", None, "config.decoder.batch_size"))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ SMALL = Plan(1, 1, 1, 1, 1, 1, 1, 1)
         ({"temporary": GIB}, {"loss_chunk": 4}, "raise config.micro_batches"),
         ({"temporary": GIB}, {}, "config.compute_dtype 'bfloat16'"),
         ({"temporary": GIB}, {"loss_chunk": 4}, "config.compute_dtype 'bfloat16'"),
-        ({"decoding": GIB}, {}, "lower config.decoder.batch_size"),
+        ({"pausing": GIB}, {}, "lower config.decoder.batch_size"),
         ({"frozen": GIB}, {}, "a larger config.mesh.fsdp or config.mesh.tensor"),
         ({"frozen": GIB}, {"target_layout": "replicated"}, "set config.target_layout"),
         ({"optimizer": GIB}, {}, "take config.optimizer.name 'adafactor'"),
@@ -123,9 +124,7 @@ def test_advice_is_about_the_largest_part(config, plan, changes, words):
     assert words in planning.advice(plan, config)
 
 
-@pytest.mark.parametrize(
-    ("changes", "total"), [({}, 6), ({"decoding": 7}, 11), ({"output": 7}, 12)]
-)
+@pytest.mark.parametrize(("changes", "total"), [({}, 6), ({"pausing": 7}, 11), ({"output": 7}, 12)])
 def test_a_device_holds_the_step_or_the_decoder(changes, total):
     """Beside parameters, optimiser, frozen models and batch: one byte each."""
     assert dataclasses.replace(SMALL, **changes).total == total
@@ -167,17 +166,21 @@ def test_caches_are_a_part_of_what_the_step_adds(config):
     settings = {"recipe": distill.RecipeConfig(loss="nll"), "loss_chunk": 1, "rollout_length": 200}
     found = prepared(dataclasses.replace(config, **pair, **settings))
     with jax.set_mesh(found[-1].mesh):
-        plan = planning.make_plan(*found, planning.compile_step(*found), 0)
+        plan = planning.make_plan(*found, planning.compile_step(*found), planning.trial(*found))
     assert 0 < plan.caches <= plan.temporary
 
 
-def test_the_decoder_is_planned_as_it_runs(config, stories, monkeypatch):
-    """Its rows are those that the mesh divides, and lie where a run puts them."""
+@pytest.fixture
+def short(config, stories):
+    """The config with stories that fit its lengths."""
     data = {"name": "jsonl", "vocabulary": "arithmetic_stories", "truncate": True}
     files = {f"{split}_file": str(stories / f"{split}.jsonl") for split in ("train", "validation")}
-    task = dataclasses.replace(config.task, **data, **files)
-    config = dataclasses.replace(config, task=task)
-    models, config, task, layout = prepared(config)
+    return dataclasses.replace(config, task=dataclasses.replace(config.task, **data, **files))
+
+
+def test_the_decoder_is_planned_as_it_runs(short, monkeypatch):
+    """Its rows are those that the mesh divides, and lie where a run puts them."""
+    models, config, task, layout = prepared(short)
     called = []
 
     def record(*arguments):
@@ -199,7 +202,7 @@ def test_the_decoder_is_planned_as_it_runs(config, stories, monkeypatch):
 def test_a_decoder_that_needs_more_than_the_step_decides(config, capsys):
     decoder = dataclasses.replace(config.decoder, batch_size=512)
     config = dataclasses.replace(config, decoder=decoder)
-    assert planning.planner(distill.prepare)(config, 1e-6) == planning.TOO_LARGE
+    assert planning.planner(distill.prepare, planning.trial)(config, 1e-6) == planning.TOO_LARGE
     out = capsys.readouterr().out
     lines = "while the step runs", "while the draft is tried out", "all at once, at most"
     step, decoding, everything = (
@@ -231,16 +234,45 @@ def test_a_plan_takes_no_accelerator(monkeypatch, sizes, count):
 def test_a_mesh_that_does_not_divide_the_heads_is_refused(config):
     config = dataclasses.replace(config, mesh=MeshConfig(1, 1, 4))
     with pytest.raises(UserError, match=r"'tensor' = 4 does not divide num_heads = 2"):
-        planning.planner(distill.prepare)(config, None)
+        planning.planner(distill.prepare, planning.trial)(config, None)
 
 
 def test_finetuning_can_be_planned(config, models, capsys):
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(parts.TrainingConfig)}
     config = finetune.FinetuneConfig(**fields, model=str(models / "draft"))
-    assert planning.planner(finetune.prepare)(config, 1.0) is None
+    plan = planning.planner(finetune.prepare, planning.validation)
+    assert plan(config, 1.0) is None
     out = capsys.readouterr().out
     assert "caches" not in out
-    assert "tried out" not in out
+    assert "while it is validated" in out
+    assert plan(dataclasses.replace(config, batch_size=4, decode_prompts=3), 1.0) is None
+    assert "while it answers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_validation_is_planned_as_it_runs(short, models, monkeypatch, place):
+    """Its parts, the chunks of logits included, and the answers."""
+    fields = {f.name: getattr(short, f.name) for f in dataclasses.fields(parts.TrainingConfig)}
+    fields |= {"batch_size": 6, "loss_chunk": 4, "mesh": MeshConfig(2, 1, 1)}
+    config = finetune.FinetuneConfig(**fields, model=str(models / "draft"), decode_prompts=3)
+    layout, task = parts.open_layout(config), load_task(config.task)
+    called = []
+
+    def record(*arguments, **settings):
+        called.append(real.lower(*arguments, **settings).as_text())
+        raise KeyboardInterrupt
+
+    module, name = [(validation, "sums"), (autoregressive, "_compiled_generate")][place]
+    real = getattr(module, name)
+    monkeypatch.setattr(module, name, record)
+    with jax.set_mesh(layout.mesh):
+        run = finetune.prepare(config, task, layout)
+        evaluate = finetune._make_evaluate(config, run.models["model"].model, task, layout)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(run.state)
+        outlined = finetune.prepare(config, task, layout, bench.outline)
+        planned = planning.validation(outlined, config, task, layout)
+    assert [planned[place].lowered.as_text()] == called
 
 
 XXL = """from ml_collections import ConfigDict
