@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from distillspec_jax.errors import UserError, unknown_name
-from experiments import door
+from experiments import door, planning_benchmark
 from experiments.benchmarks import decode, distill, loop, scaling
 from experiments.workdir import SUMMARY, Workdir, write_json_lines
 
@@ -71,4 +71,4 @@ def _say(summary: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    door.run(main, BenchmarkConfig)
+    door.run(main, BenchmarkConfig, plan=planning_benchmark.plan)

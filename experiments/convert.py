@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -28,9 +29,11 @@ from distillspec_jax import zoo
 from distillspec_jax.errors import UserError, unknown_name
 from distillspec_jax.interop import huggingface, layout, native, orbax
 from distillspec_jax.interop.folders import refuse_existing
-from distillspec_jax.interop.slim import slim
+from distillspec_jax.interop.slim import cut, slim
+from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.models.transformer import Transformer, init_params, score
 from experiments import door, tokenizers
+from experiments.planning import GIB, judge
 
 FORMATS = ("huggingface", "native", "orbax")
 _OWN_KEYS = ("model", "path", "kind", "name", "versions", "format")  # not the model maker's words
@@ -64,14 +67,12 @@ def main() -> None:
     found = zoo.describe(source)
     model, params = zoo.load(source)
     print(f"{source}: {found['kind']}, {layout.num_parameters(model.config):,} parameters")
-    kept = {layers: _numbers(flag) for layers, flag in _LAYERS.items()}
-    sizes = {field: flag.value for field, flag in _SIZES.items()}
+    options = _cut_options()
     card = {key: value for key, value in found.items() if key not in _OWN_KEYS}
-    cut = any(value is not None for value in (kept | sizes).values())
-    if cut or _FRESH.value is not None:  # then nothing else that its maker said still holds
+    if options or _FRESH.value is not None:  # then nothing else that its maker said still holds
         card = {key: value for key, value in card.items() if key.startswith("vocabulary_")}
-    if cut:
-        model, params = slim(model, params, name=folder.name, **kept, **sizes)  # type: ignore[arg-type]
+    if options:
+        model, params = slim(model, params, name=folder.name, **options)
         print(f"cut to {layout.num_parameters(model.config):,} parameters")
     if _FRESH.value is not None:
         params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(_FRESH.value))
@@ -80,6 +81,33 @@ def main() -> None:
     print(f"{folder}: {_FORMAT.value}, {_DTYPE.value}")
     if _VERIFY.value:
         _verify(model, params, folder)
+
+
+def plan(memory_gib: float | None) -> int | None:
+    """Says how many weights are held and written; nothing is read, nothing is compiled."""
+    source, folder = _checked_flags()
+    config = ModelConfig(**zoo.describe(source)["model"])
+    counts = {"read": layout.num_parameters(config)}
+    options = _cut_options()
+    if options:
+        config = cut(config, name=folder.name, **options)
+        counts["cut to"] = layout.num_parameters(config)
+    written = layout.num_parameters(config)
+    print("plan of convert, nothing is allocated")
+    for name, count in counts.items():
+        print(f"  {name}: {count:,} parameters, {4 * count / GIB:.3f} GiB as float32")
+    size = written * jnp.dtype(str(_DTYPE.value)).itemsize
+    print(f"  written: {size / GIB:.3f} GiB of {_FORMAT.value}, {_DTYPE.value}")
+    held = 4 * (sum(counts.values()) + written * bool(_VERIFY.value))
+    print(f"the device holds up to {held / GIB:.3f} GiB: all of them at once")
+    return judge(held, memory_gib, lambda: "leave --verify out, or take a larger device")
+
+
+def _cut_options() -> dict[str, Any]:
+    """Layers and sizes that the flags ask for."""
+    layers = {name: _numbers(flag) for name, flag in _LAYERS.items()}
+    sizes = {field: flag.value for field, flag in _SIZES.items()}
+    return {key: value for key, value in (layers | sizes).items() if value is not None}
 
 
 def _checked_flags() -> tuple[str, Path]:
@@ -132,4 +160,4 @@ def _verify(model: Transformer, params: Any, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    door.run_flags(main)
+    door.run_flags(main, plan=plan)

@@ -40,10 +40,6 @@ _MEMORY = flags.DEFINE_float(
     "device_memory_gib", None, "memory of a device: says whether the plan fits", lower_bound=0.0
 )
 
-_NOTHING_TO_PLAN = (
-    "this entrypoint has nothing to plan: leave --plan out; finetune, distill, generate, evaluate, "
-    "decode and sweep have it"
-)
 BAD_INPUT = 2
 STOPPED = 143  # what a shell reports for SIGTERM: the job is saved but not done
 
@@ -55,7 +51,7 @@ def run(
     main: Callable[[Any, Path], int | None],
     config_class: type,
     *,
-    plan: Callable[[Any, float | None], int | None] | None = None,
+    plan: Callable[[Any, float | None], int | None],
     on_hosts: bool = False,
 ) -> None:
     """Parses the flags into a `config_class`, calls `main(config, workdir)` and leaves.
@@ -74,7 +70,7 @@ def run(
         absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs each save, and errors it raises
         config = _or_exit(lambda: to_dataclass(config_class, _CONFIG.value or {}, "config"))
         if _PLAN.value:
-            sys.exit(_or_exit(lambda: _call_plan(plan, config)))
+            sys.exit(_or_exit(lambda: plan(config, _MEMORY.value)))
         workdir = Path(str(_WORKDIR.value)).absolute()
         _or_exit(lambda: _join_hosts(workdir, on_hosts))
         if jax.distributed.is_initialized():
@@ -84,10 +80,15 @@ def run(
     app.run(start, flags_parser=parse)
 
 
-def run_flags(main: Callable[[], int | None], *, has_workdir: bool = False) -> None:
+def run_flags(
+    main: Callable[[], int | None],
+    *,
+    plan: Callable[[float | None], int | None],
+    has_workdir: bool = False,
+) -> None:
     """The same for an entrypoint that has flags of its own in place of a config.
 
-    `has_workdir` says that `main` reads --workdir; the door's other flags are refused.
+    `has_workdir` says that `main` reads --workdir; the door's --config is refused.
     """
 
     def parse(argv: Sequence[str]) -> list[str]:
@@ -99,15 +100,9 @@ def run_flags(main: Callable[[], int | None], *, has_workdir: bool = False) -> N
         if len(argv) > 1:
             print(f"error: '{argv[1]}' is not a flag; see --help", file=sys.stderr)
             sys.exit(BAD_INPUT)
-        sys.exit(_or_exit(main))
+        sys.exit(_or_exit(lambda: plan(_MEMORY.value) if _PLAN.value else main()))
 
     app.run(start, flags_parser=parse)
-
-
-def _call_plan(plan: Callable[[Any, float | None], int | None] | None, config: Any) -> int | None:
-    if plan is None:
-        raise UserError(_NOTHING_TO_PLAN)
-    return plan(config, _MEMORY.value)
 
 
 def _join_hosts(workdir: Path, on_hosts: bool) -> None:
@@ -161,8 +156,7 @@ def _parse_flags(argv: Sequence[str], config_class: type) -> list[str]:
     )
     if needs_config and not _CONFIG.value:
         raise UserError("--config=FILE.py is missing; see --help")
-    if _MEMORY.value is not None and not _PLAN.value:
-        raise UserError("--device_memory_gib belongs to --plan; give both, or neither")
+    _check_memory()
     if not _WORKDIR.value and not _PLAN.value:
         raise UserError("--workdir=FOLDER is missing; see --help")
     if "://" in str(_WORKDIR.value):
@@ -178,12 +172,17 @@ def _parse_flags(argv: Sequence[str], config_class: type) -> list[str]:
 def _parse_own_flags(argv: Sequence[str], has_workdir: bool) -> list[str]:
     """The parser of `run_flags`: nothing that the door defines is taken and not looked at."""
     given = [match[1] for arg in argv[1:] if (match := re.match(r"--?([a-z_]+)", arg))]
-    if "plan" in given:
-        raise UserError(_NOTHING_TO_PLAN)
-    for name in ("config", "device_memory_gib", *(() if has_workdir else ("workdir",))):
+    for name in ("config", *(() if has_workdir else ("workdir",))):
         if name in given:
             raise UserError(f"this entrypoint takes no --{name}; see --help for its own flags")
-    return _parsed(argv)
+    rest = _parsed(argv)
+    _check_memory()
+    return rest
+
+
+def _check_memory() -> None:
+    if _MEMORY.value is not None and not _PLAN.value:
+        raise UserError("--device_memory_gib belongs to --plan; give both, or neither")
 
 
 def _parsed(argv: Sequence[str]) -> list[str]:

@@ -29,7 +29,8 @@ from distillspec_jax.errors import UserError
 from distillspec_jax.progress import Progress
 from distillspec_jax.training.checkpoints import FOLDER
 from distillspec_jax.training.metrics import JSONL
-from experiments import door
+from experiments import distill, door, planning
+from experiments.configs.faults import get_config
 from experiments.workdir import SUMMARY, write_json
 
 _KILLS = flags.DEFINE_integer("kills", 50, "SIGKILLs", lower_bound=0)
@@ -76,6 +77,12 @@ def main() -> int | None:
             progress.update(number + 1, f"{kinds[number]} at step {done[-1].saved}")
     _run(workdir / "interrupted", log=workdir / "interrupted.log")
     return _report(workdir, done)
+
+
+def plan(memory_gib: float | None) -> int | None:
+    """Says what the run that is interrupted holds."""
+    config = door.to_dataclass(distill.DistillConfig, get_config(), "config")
+    return planning.planner(distill.prepare, planning.trial)(config, memory_gib)
 
 
 def _load(workdir: Path) -> list[Interruption]:
@@ -189,4 +196,4 @@ def _records(run: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    door.run_flags(main, has_workdir=True)
+    door.run_flags(main, plan=plan, has_workdir=True)

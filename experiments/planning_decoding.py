@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from experiments.generate import GenerateConfig
     from experiments.sweep import SweepConfig
 
+ONE_DEVICE = MeshConfig(1, 1, 1)
 TASK_LENGTHS = "config.task.input_length", "config.task.target_length"
 
 
@@ -117,7 +118,7 @@ class Outline:
     @property
     def dtype(self) -> str:
         """What all of them compute in."""
-        return next(iter(self.models.values())).model.config.dtype
+        return next((each.model.config.dtype for each in self.models.values()), "float32")
 
     @property
     def weights(self) -> int:
@@ -141,18 +142,22 @@ def planner(outline_of: Callable[[Any], Outline]) -> Callable[[Any, float | None
     """The --plan of an entrypoint: `(config, GiB of the device or None) -> exit code`."""
 
     def plan(config: Any, memory_gib: float | None) -> int | None:
-        make_virtual_devices(MeshConfig(1, 1, 1))
-        found = outline_of(config)
-        introduce(f"{found.name} on one device", found.models)
-        start = time.perf_counter()
-        needs = [need_of(program, found.weights) for program in found.programs]
-        _say(needs, time.perf_counter() - start)
-        largest = max(needs, key=lambda need: need.total)
-        print(f"the device holds up to {largest.total / GIB:.3f} GiB: {largest.program.name}")
-        helping = functools.partial(advice, largest, memory_gib or 0, found.dtype)
-        return judge(largest.total, memory_gib, helping)
+        make_virtual_devices(ONE_DEVICE)
+        return tell(outline_of(config), memory_gib)
 
     return plan
+
+
+def tell(found: Outline, memory_gib: float | None) -> int | None:
+    """Says what an outline needs; the exit code."""
+    introduce(f"{found.name} on one device", found.models)
+    start = time.perf_counter()
+    needs = [need_of(program, found.weights) for program in found.programs]
+    _say(needs, time.perf_counter() - start)
+    largest = max(needs, key=lambda need: need.total)
+    print(f"the device holds up to {largest.total / GIB:.3f} GiB: {largest.program.name}")
+    helping = functools.partial(advice, largest, memory_gib or 0, found.dtype)
+    return judge(largest.total, memory_gib, helping)
 
 
 def need_of(program: Program, weights: int) -> Need:
@@ -184,7 +189,7 @@ def of_generate(config: GenerateConfig) -> Outline:
         config.max_new_tokens or task.target_length,
         ("config.batch_size", "config.max_new_tokens", "config.task.input_length"),
     )
-    return Outline("generate", {"target": target}, [_alone(target, call, config.sampling)])
+    return Outline("generate", {"target": target}, [alone(target, call, config.sampling)])
 
 
 def of_decode(config: DecodeConfig) -> Outline:
@@ -197,8 +202,8 @@ def of_decode(config: DecodeConfig) -> Outline:
     call = Call(min(config.batch_size, rows), length, config.max_new_tokens, options)
     target, draft = decoder.target, decoder.draft
     if draft is None or decoder.speculation is None:
-        return Outline("decode", {"target": target}, [_alone(target, call, decoder.sampling)])
-    program = _drafted(decoder.speculation, target, draft, call)
+        return Outline("decode", {"target": target}, [alone(target, call, decoder.sampling)])
+    program = drafted(decoder.speculation, target, draft, call)
     return Outline("decode", {"target": target, "draft": draft}, [program])
 
 
@@ -216,11 +221,11 @@ def of_evaluate(config: EvaluateConfig) -> Outline:
     programs = []
     for option, rows in sizes.items():
         call = Call(rows, bench.task.input_length, bench.max_new_tokens, (option, *lengths))
-        programs.append(_alone(bench.target, call, bench.sampling(temperature)))
+        programs.append(alone(bench.target, call, bench.sampling(temperature)))
         for draft in _of_each_shape(bench.drafts):
             setting = Setting(draft.config.name, temperature, gamma)
             models = bench.target, draft.loaded
-            programs.append(_drafted(bench.speculation(draft, setting), *models, call))
+            programs.append(drafted(bench.speculation(draft, setting), *models, call))
             if option == "config.batch_size":
                 sampling = bench.sampling(temperature), bench.draft_sampling(temperature)
                 programs.append(_scored(*models, call, *sampling))
@@ -294,11 +299,11 @@ def _tried_out(config: SweepConfig, task: Task, target: Loaded, draft: Loaded) -
     decoder = config.decoder
     options = "config.decoder.batch_size", *TASK_LENGTHS
     call = Call(decoder.batch_size, task.input_length, task.target_length, options)
-    program = _drafted(trial_speculation(decoder, target, draft, task), target, draft, call)
+    program = drafted(trial_speculation(decoder, target, draft, task), target, draft, call)
     return dataclasses.replace(program, trained=bytes_of(draft.params))
 
 
-def _alone(model: Loaded, call: Call, sampling: Sampling) -> Program:
+def alone(model: Loaded, call: Call, sampling: Sampling) -> Program:
     """The model decodes without a draft."""
     lowered = generating.lower(
         model.model,
@@ -313,7 +318,7 @@ def _alone(model: Loaded, call: Call, sampling: Sampling) -> Program:
     return Program("decoding without a draft", lowered, call, caches)
 
 
-def _drafted(speculation: Speculation, target: Loaded, draft: Loaded, call: Call) -> Program:
+def drafted(speculation: Speculation, target: Loaded, draft: Loaded, call: Call) -> Program:
     """Speculative decoding, in one batch or in as many slots."""
     params = target.params, draft.params
     lowered = speculating.lower(speculation, *params, call.inputs, shape_of_key(), call.per_row)

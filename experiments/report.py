@@ -41,6 +41,12 @@ def main(config: ReportConfig, workdir: Path) -> None:
     print(f"look: {workdir / PAGE} ({TABLES}, {FIGURES}/)")
 
 
+def plan(config: ReportConfig, memory_gib: float | None) -> None:
+    """There is nothing to hold."""
+    del config, memory_gib
+    print("plan of report: it reads the files of runs, loads no model and compiles nothing")
+
+
 def _files(config: ReportConfig, workdir: Path, runs: Sequence[Run]) -> dict[Path, bytes]:
     tables, drawn = tables_of(runs), figures_of(runs)
     svgs = {name: (caption, render(figure, "svg")) for name, (caption, figure) in drawn.items()}
@@ -54,4 +60,4 @@ def _files(config: ReportConfig, workdir: Path, runs: Sequence[Run]) -> dict[Pat
 
 
 if __name__ == "__main__":
-    door.run(main, ReportConfig)
+    door.run(main, ReportConfig, plan=plan)

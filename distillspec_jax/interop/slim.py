@@ -47,28 +47,52 @@ def slim(
     Raises:
       UserError for layers that are not there, an empty decoder, or sizes that are no smaller.
     """
-    config = model.config
-    layers = {
-        "encoder": _checked("encoder", encoder_layers, config.num_encoder_layers),
-        "decoder": _checked("decoder", decoder_layers, config.num_decoder_layers),
-    }
-    sizes: dict[str, Any] = {
-        field: _size(field, asked, getattr(config, field))
-        for field, asked in zip(_WIDTHS, (d_model, num_heads, d_ff), strict=True)
-    }
-    kept = dataclasses.replace(
-        config,
+    asked = {"encoder": encoder_layers, "decoder": decoder_layers}
+    small = cut(
+        model.config,
         name=name,
-        num_encoder_layers=len(layers["encoder"]),
-        num_decoder_layers=len(layers["decoder"]),
+        encoder_layers=encoder_layers,
+        decoder_layers=decoder_layers,
+        d_model=d_model,
+        num_heads=num_heads,
+        d_ff=d_ff,
     )
+    layers = {
+        stack: list(range(getattr(small, f"num_{stack}_layers")) if each is None else each)
+        for stack, each in asked.items()
+    }
+    sizes = {field: getattr(small, field) for field in _WIDTHS}
+    kept = dataclasses.replace(small, **{f: getattr(model.config, f) for f in _WIDTHS})
     flat = {leaf.path: _moved(params, leaf.path, layers) for leaf in layout.leaves(kept)}
     if kept.is_encoder_decoder:
         flat = _narrow(flat, "encoder", kept, sizes)
     flat = _narrow(flat, "decoder", kept, sizes)
     flat = _narrow_stream(flat, kept, sizes["d_model"])
-    small = dataclasses.replace(kept, **sizes)
     return Transformer(small), jax.tree.map(jax.numpy.asarray, layout.nested(flat))
+
+
+def cut(
+    config: ModelConfig,
+    *,
+    name: str,
+    encoder_layers: Sequence[int] | None = None,
+    decoder_layers: Sequence[int] | None = None,
+    d_model: int | None = None,
+    num_heads: int | None = None,
+    d_ff: int | None = None,
+) -> ModelConfig:
+    """The shape of what `slim` makes, with the same arguments and refusals."""
+    encoder = _checked("encoder", encoder_layers, config.num_encoder_layers)
+    decoder = _checked("decoder", decoder_layers, config.num_decoder_layers)
+    return dataclasses.replace(
+        config,
+        name=name,
+        num_encoder_layers=len(encoder),
+        num_decoder_layers=len(decoder),
+        d_model=_size("d_model", d_model, config.d_model),
+        num_heads=_size("num_heads", num_heads, config.num_heads),
+        d_ff=_size("d_ff", d_ff, config.d_ff),
+    )
 
 
 def _checked(stack: str, kept: Sequence[int] | None, depth: int) -> list[int]:

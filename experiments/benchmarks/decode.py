@@ -1,8 +1,9 @@
 """Decoding beside Hugging Face: plain, with a draft, and against the bandwidth of the memory.
 
-Fresh models of published shapes decode texts of a fixed length, which nothing ends; a trained
-target and its draft decode prompts of `arithmetic_stories`. Greedy throughout, so that the tokens
-that different decoders make of the same weights can be compared one by one.
+Fresh models of published shapes decode texts of a fixed length, which nothing ends, alone or with
+a fresh draft: how fast are their weights read? A trained target and its draft decode prompts of
+`arithmetic_stories`. Greedy throughout, so that the tokens that different decoders make of the same
+weights can be compared one by one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from distillspec_jax.errors import UserError, unknown_name
+from distillspec_jax.models.config import check_dtype
 from distillspec_jax.models.presets import preset
 
 PEERS = ("torch", "transformers")
@@ -22,6 +24,7 @@ LISTS = ("batch_sizes", "shapes", "new_tokens", "gammas", "product_rows")
 COUNTS = (
     *("batch_sizes", "input_length", "new_tokens", "rounds", "read_megabytes", "gammas"),
     *("max_new_tokens", "tuning_prompts", "repeats", "cost_steps", "product_rows"),
+    "fresh_gamma",
 )
 Row = dict[str, Any]
 Found = tuple[Row, list[Row]]
@@ -37,6 +40,9 @@ class Config:
     shapes: tuple[str, ...] = ("t5_1_1_base", "t5_1_1_small")  # presets; keys of the first are bare
     input_length: int = 128
     new_tokens: tuple[int, ...] = (64, 256)  # the first gives the headline
+    dtype: str = "float32"  # of the fresh models' weights and products, or bfloat16
+    fresh_draft: str = ""  # a preset that drafts for the fresh models; "": nobody
+    fresh_gamma: int = 5
     rounds: int = 5  # timed runs of everything, after the warm-up
     read_megabytes: int = 512  # of memory; far more than a cache holds
     target: str = "stories-target"
@@ -56,9 +62,11 @@ class Config:
         for field in LISTS:
             if not getattr(self, field):
                 raise UserError(f"config.decode.{field} is empty, must have at least one entry")
-        for shape in self.shapes:
-            if not preset(shape).is_encoder_decoder:
-                raise UserError(f"config.decode.shapes has '{shape}', which has no encoder")
+        check_dtype(self.dtype, "config.decode.dtype")
+        for key, names in {"shapes": self.shapes, "fresh_draft": self.fresh_drafts}.items():
+            for name in names:
+                if not preset(name).is_encoder_decoder:
+                    raise UserError(f"config.decode.{key} has '{name}', which has no encoder")
         for field in COUNTS:
             if np.min(getattr(self, field)) < 1:
                 raise UserError(
@@ -70,6 +78,11 @@ class Config:
                 f"{max(self.batch_sizes)}"
             )
 
+    @property
+    def fresh_drafts(self) -> tuple[str, ...]:
+        """The preset of `fresh_draft`, if there is one."""
+        return (self.fresh_draft,) * bool(self.fresh_draft)
+
 
 def measure(config: Config, seed: int) -> Found:
     """Times everything; (figures of the summary, one record per row of the table)."""
@@ -78,7 +91,9 @@ def measure(config: Config, seed: int) -> Found:
     absent = [name for name in PEERS if importlib.util.find_spec(name) is None]
     if config.peers and absent:
         print(f"Hugging Face: left out, {' and '.join(absent)} not installed")
-    has_peers = config.peers and not absent
+    if config.peers and config.dtype != "float32":
+        print(f"Hugging Face: left out, it computes in float32 here and not in {config.dtype}")
+    has_peers = config.peers and not absent and config.dtype == "float32"
     summary: Row = {}
     records: list[Row] = []
     modules: dict[str, Any] = {

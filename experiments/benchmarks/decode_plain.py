@@ -1,4 +1,4 @@
-"""Plain decoding of fresh models beside Hugging Face, and against reading the weights."""
+"""Fresh models decode: beside Hugging Face, and against reading the weights; alone and drafted."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import numpy as np
 
 from distillspec_jax.decoding.autoregressive import generate
 from distillspec_jax.decoding.sampling import Sampling
+from distillspec_jax.decoding.speculative import speculative_sample
+from distillspec_jax.decoding.state import SpeculativeOutput
 from distillspec_jax.evaluation.latency import Timing, side_by_side
 from distillspec_jax.models.cpu_memory import on_large_pages
 from distillspec_jax.models.presets import preset
@@ -24,7 +26,10 @@ from experiments.benchmarks.decode import Config, Found, Row
 GREEDY = Sampling(temperature=0.0)
 
 
-HEADLINES = ("plain_over_huggingface", "plain_over_weight_read", "fraction_of_bandwidth")
+HEADLINES = (
+    *("plain_over_huggingface", "plain_over_weight_read", "fraction_of_bandwidth"),
+    "fraction_of_bandwidth_with_draft",
+)
 OF_A_LENGTH = "milliseconds_per_token"
 GROWTH = "longest_over_shortest_per_token"
 
@@ -112,6 +117,19 @@ _start = jax.jit(start, static_argnums=(0, 3))
 _generate: Any = jax.jit(generate, static_argnums=0, static_argnames=("sampling", "max_new_tokens"))
 
 
+def endless(shape: str, dtype: str) -> Transformer:
+    """A model of a preset's shape whose texts nothing ends."""
+    known = preset(shape)
+    changes: dict[str, Any] = {"num_pieces": known.vocab_size, "eos_id": -1, "dropout_rate": 0.0}
+    return Transformer(dataclasses.replace(known, dtype=dtype, **changes))
+
+
+def fresh(model: Transformer, seed: int) -> Params:
+    """Weights in the dtype that the model computes in."""
+    params = init_params(model, jax.random.key(seed))
+    return jax.tree.map(lambda x: x.astype(model.config.dtype), params)
+
+
 class _Run:
     """One shape with fresh weights, which Hugging Face has too."""
 
@@ -119,12 +137,13 @@ class _Run:
         self, config: Config, shape: str, seed: int, memory: Memory, has_peers: bool
     ) -> None:
         self._config, self._shape, self._seed, self._memory = config, shape, seed, memory
-        known = preset(shape)
-        self._model = Transformer(
-            dataclasses.replace(known, num_pieces=known.vocab_size, eos_id=-1, dropout_rate=0.0)
-        )
-        fresh = jax.jit(functools.partial(init_params, self._model))
-        self._params = on_large_pages(fresh(jax.random.key(seed)))
+        self._model = endless(shape, config.dtype)
+        self._params = on_large_pages(jax.jit(functools.partial(fresh, self._model))(seed))
+        self._draft: Any = None  # model and parameters
+        for name in config.fresh_drafts:
+            draft = endless(name, config.dtype)
+            params = jax.jit(functools.partial(fresh, draft))(seed + 1)
+            self._draft = draft, on_large_pages(params)
         self._peer: Any = None
         if has_peers:
             from experiments.benchmarks.torch_decode import HuggingFace
@@ -148,6 +167,7 @@ class _Run:
             "read": self._memory.read,
         }
         calls |= {"huggingface": huggingface} if self._peer else {}
+        calls |= self._drafted(inputs, new_tokens)
         before = _generate._cache_size()
         timings = side_by_side(calls, repeats=self._config.rounds, seed=self._seed)
         row = {
@@ -158,6 +178,8 @@ class _Run:
             "compilations": _generate._cache_size() - before,
             **self._figures(timings, batch_size, new_tokens),
         }
+        if self._draft:
+            row |= self._reading_of_blocks(timings, inputs, new_tokens)
         if self._peer:
             row["equal_tokens"] = int(np.sum(texts["plain"] == texts["huggingface"]))
             row["compared_tokens"] = texts["plain"].size
@@ -175,6 +197,53 @@ class _Run:
         source = timings["encode"].seconds
         short, long = ((timings[f"plain {n}"].seconds - source) / n for n in lengths)
         return ratio(GROWTH, long, short)
+
+    def _drafted(self, inputs: np.ndarray, new_tokens: int) -> dict[str, Callable[[], Any]]:
+        """The same with a draft, if there is one, and the draft's reading of the source."""
+        if not self._draft:
+            return {}
+        return {
+            "speculative": lambda: self._speculative(inputs, new_tokens).tokens,
+            "encode_draft": lambda: _start(*self._draft, inputs, new_tokens),
+        }
+
+    def _speculative(self, inputs: np.ndarray, new_tokens: int) -> SpeculativeOutput:
+        draft, draft_params = self._draft
+        return speculative_sample(
+            self._model,
+            self._params,
+            draft,
+            draft_params,
+            jnp.asarray(inputs),
+            jax.random.key(self._seed),
+            gamma=self._config.fresh_gamma,
+            max_new_tokens=new_tokens,
+            sampling=GREEDY,
+        )
+
+    def _reading_of_blocks(
+        self, timings: Mapping[str, Timing], inputs: np.ndarray, new_tokens: int
+    ) -> Row:
+        """What a block has to read, over what could be read in its time.
+
+        The target's weights once, the draft's for every token and for the last one's place in its
+        cache.
+        """
+        statistics = self._speculative(inputs, new_tokens).statistics
+        blocks = int(np.max(statistics.target_calls))  # a row that is done waits for the others
+        seconds = {name: timing.seconds for name, timing in timings.items()}
+        source = seconds["encode"] + seconds["encode_draft"]
+        block = (seconds["speculative"] - source) / blocks
+        read = decoder_bytes(self._model, self._params)
+        read += (self._config.fresh_gamma + 1) * decoder_bytes(*self._draft)
+        bandwidth = self._memory.bytes / seconds["read"]
+        return {
+            "draft": self._draft[0].config.name,
+            "gamma": self._config.fresh_gamma,
+            "blocks": blocks,
+            "block_efficiency": float(np.sum(statistics.emitted) / np.sum(statistics.target_calls)),
+            **ratio("fraction_of_bandwidth_with_draft", read / bandwidth, block),
+        }
 
     def _inputs(self, batch_size: int) -> np.ndarray:
         shape = batch_size, self._config.input_length

@@ -30,7 +30,7 @@ def measure(config: Config, seed: int, has_peers: bool) -> Found:
         return summary, records
     for shape in config.shapes:
         suffix = "" if shape == config.shapes[0] else "_" + shape.rpartition("_")[2]
-        weights = _weights(preset(shape), jax.random.key(seed))
+        weights = on_large_pages(weights_of(preset(shape), jax.random.key(seed)))
         for rows in config.product_rows:
             row = _timed(config, seed, weights, rows)
             records.append({"shape": shape, "rows": rows, **row})
@@ -38,32 +38,35 @@ def measure(config: Config, seed: int, has_peers: bool) -> Found:
     return summary, records
 
 
-def _weights(c: ModelConfig, key: jax.Array) -> list[jax.Array]:
+def weights_of(c: ModelConfig, key: jax.Array) -> list[jax.Array]:
     """Kernels [K, F] of all that a decoder reads in a step but its logits."""
     inner, gates = c.num_heads * c.head_dim, 2 if c.gated else 1
     attention = [(c.d_model, 3 * inner), (inner, c.d_model), (c.d_model, inner), (inner, c.d_model)]
     shapes = [*attention, (c.d_model, gates * c.d_ff), (c.d_ff, c.d_model)] * c.num_decoder_layers
     keys = jax.random.split(key, len(shapes))
     draw = jax.jit(jax.random.normal, static_argnums=1)
-    return on_large_pages([draw(each, shape) for each, shape in zip(keys, shapes, strict=True)])
+    return [draw(each, shape) for each, shape in zip(keys, shapes, strict=True)]
+
+
+def one_after_another(product: Callable[..., jax.Array]) -> Any:
+    """Compiled: x [M, K], weights -> a number; a product waits for the one before, as in layers."""
+
+    @jax.jit
+    def run(x: jax.Array, weights: list[jax.Array]) -> jax.Array:
+        last = jnp.zeros(())
+        for each in weights:
+            last = 1e-6 * product(x[:, : each.shape[0]] + last, each)[0, 0]
+        return last
+
+    return run
 
 
 def _timed(config: Config, seed: int, weights: list[jax.Array], rows: int) -> Row:
     x = jax.random.normal(jax.random.key(seed), (rows, max(w.shape[0] for w in weights)))
 
-    def one_after_another(product: Callable[..., jax.Array]) -> Callable[[], Any]:
-        @jax.jit
-        def run(x: jax.Array, weights: list[jax.Array]) -> jax.Array:
-            last = jnp.zeros(())
-            for each in weights:  # each waits for the one before, as layers do
-                last = 1e-6 * product(x[:, : each.shape[0]] + last, each)[0, 0]
-            return last
-
-        return functools.partial(run, x, weights)
-
     calls = {
-        "xla": one_after_another(jnp.matmul),
-        "kernel": one_after_another(cpu_product.product),
+        "xla": functools.partial(one_after_another(jnp.matmul), x, weights),
+        "kernel": functools.partial(one_after_another(cpu_product.product), x, weights),
     }
     timings = side_by_side(calls, repeats=config.rounds, seed=seed)
     size = sum(each.nbytes for each in weights)

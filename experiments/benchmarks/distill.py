@@ -23,7 +23,7 @@ from distillspec_jax.distill import recipes
 from distillspec_jax.distill.step import make_distill_step, make_rollout, make_update
 from distillspec_jax.errors import UserError, unknown_name
 from distillspec_jax.evaluation.latency import Timing, side_by_side
-from distillspec_jax.models.config import ModelConfig
+from distillspec_jax.models.config import ModelConfig, check_dtype
 from distillspec_jax.models.presets import preset
 from distillspec_jax.models.transformer import Transformer, init_params
 from distillspec_jax.training.optimizers import OptimizerConfig, make_optimizer
@@ -67,6 +67,7 @@ class Config:
     teacher_batch_sizes: tuple[int, ...] = (4, 16)  # the first gives the headline
     teacher_length: int = 56
     utilisation: Pair = Pair(target="t5_base", draft="t5_small", input_length=64)
+    compute_dtype: str = "float32"  # or bfloat16, of that part; weights and loss stay in float32
     peak_teraflops: float = 0.0  # of the device; 0: what a product of large matrices reaches
     product_size: int = 2048  # rows of those square matrices; an accelerator takes larger ones
 
@@ -79,6 +80,7 @@ class Config:
                 "config.distill.rounds, .chunk, .micro_batches and .teacher_batch_sizes must be at "
                 "least 1"
             )
+        check_dtype(self.compute_dtype, "config.distill.compute_dtype")
         if self.product_size < 1 or self.peak_teraflops < 0:
             raise UserError(
                 "config.distill.product_size must be at least 1, .peak_teraflops not negative"
@@ -112,7 +114,7 @@ def _beside_trl(config: Config, seed: int, *, part: str, key: str) -> Found:
     from experiments.benchmarks import torch_distill
 
     pair: Pair = getattr(config, part)
-    ours = _Ours(pair, recipes.named("distillspec"), seed, decoder_only=True)
+    ours = steps_of(config, part, seed)["step"]
     theirs = torch_distill.trl_calls(
         ours.draft.config, ours.target.config, np.asarray(ours.batch.inputs), pair.target_length
     )
@@ -127,8 +129,7 @@ def _beside_torch(config: Config, seed: int) -> Found:
     """Score and update of encoder-decoders by forward KL, on given texts."""
     from experiments.benchmarks import torch_distill
 
-    pair = config.torch
-    ours = _Ours(pair, recipes.named("supkd"), seed)
+    pair, ours = config.torch, steps_of(config, "torch", seed)["update"]
     texts = np.asarray(ours.batch.inputs), np.asarray(ours.batch.targets)
     update = torch_distill.t5_update(ours.draft.config, ours.target.config, *texts)
     calls = {"update": ours.calls()["update"], "torch_update": update}
@@ -144,12 +145,7 @@ def _chunked(config: Config, seed: int) -> Found:
     Two ways: the chunks alone, and the batch in parts as well, which is what saves memory where it
     is short; the keys without more are of the latter.
     """
-    pair, recipe, chunk = config.chunked, recipes.named("supkd"), config.chunk
-    runs = {
-        "plain": _Ours(pair, recipe, seed),
-        "chunks_alone": _Ours(pair, recipe, seed, chunk=chunk),
-        "chunked": _Ours(pair, recipe, seed, chunk=chunk, micro_batches=config.micro_batches),
-    }
+    pair, runs = config.chunked, steps_of(config, "chunked", seed)
     calls = {name: run.calls()["update"] for name, run in runs.items()}
     timings = side_by_side(calls, repeats=config.rounds, seed=seed)
     memory = {name: run.memory()["temporary_bytes"] for name, run in runs.items()}
@@ -170,7 +166,7 @@ def _by_vocabulary(config: Config, seed: int) -> list[Row]:
     for size in config.vocabularies:
         for chunk in (None, config.chunk):
             recipe = recipes.named("supkd")
-            run = _Ours(pair, recipe, seed, chunk=chunk, vocabulary=size, abstract=True)
+            run = Ours(pair, recipe, seed=seed, chunk=chunk, vocabulary=size, abstract=True)
             rows.append({**run.memory(), "chunk": chunk or 0, "vocabulary": size})
     return rows
 
@@ -181,7 +177,7 @@ def _teacher(config: Config, seed: int) -> Found:
     figures: Row = {}
     rows: list[Row] = []
     for batch_size in config.teacher_batch_sizes:
-        calls = _taught(config, *models, _stories(batch_size, seed), seed)
+        calls = taught(config, *models, _stories(batch_size, seed), seed)
         timings = side_by_side(calls, repeats=config.rounds, seed=seed)
         place = f"_batch{batch_size}" if figures else ""
         found = {
@@ -196,7 +192,7 @@ def _teacher(config: Config, seed: int) -> Found:
     return figures, rows
 
 
-def _taught(
+def taught(
     config: Config,
     target: Transformer,
     target_params: Any,
@@ -204,17 +200,22 @@ def _taught(
     draft_params: Any,
     batch: Batch,
     seed: int,
-) -> dict[str, Callable[[], Any]]:
-    """Rollouts and steps from one state, which every call finds as it was."""
-    rule = make_optimizer(OPTIMIZER, 1_000)
-    state = TrainState.create(draft_params, rule, seed=seed)
+) -> dict[str, Any]:
+    """Rollouts and steps from one state, which every call finds as it was.
 
-    def writer(gamma: int) -> Callable[[], Any]:
+    Each is a compiled function bound to its arguments; parameters and batch may be shapes.
+    """
+    rule = make_optimizer(OPTIMIZER, 1_000)
+    create = functools.partial(TrainState.create, optimizer=rule, seed=seed)
+    is_shape = isinstance(batch.inputs, jax.ShapeDtypeStruct)
+    state = jax.eval_shape(create, draft_params) if is_shape else create(draft_params)
+
+    def writer(gamma: int) -> functools.partial[Any]:
         recipe = recipes.named("seqkd", teacher_gamma=gamma)  # its loss asks the target nothing
         write = make_rollout(draft, target, recipe, rollout_length=config.teacher_length)
         return functools.partial(jax.jit(write), state, target_params, batch)
 
-    def stepper(gamma: int) -> Callable[[], Any]:
+    def stepper(gamma: int) -> functools.partial[Any]:
         recipe = recipes.named("gkd", lambda2=0.0, teacher_gamma=gamma)
         write = make_rollout(draft, target, recipe, rollout_length=config.teacher_length)
         update = make_update(draft, target, recipe, rule)
@@ -243,7 +244,8 @@ def _stories(batch_size: int, seed: int) -> Batch:
 def _utilisation(config: Config, seed: int) -> Found:
     """Operations that score and update do in a second, and their share of the device's peak."""
     pair, size = config.utilisation, config.product_size
-    ours, matrix = _Ours(pair, recipes.named("supkd"), seed), jnp.ones((size, size))
+    ours = steps_of(config, "utilisation", seed)["update"]
+    matrix = jnp.ones((size, size), config.compute_dtype)
     calls: dict[str, Callable[[], Any]] = {
         "update": ours.calls()["update"],
         "product": functools.partial(jax.jit(jnp.matmul), matrix, matrix),
@@ -269,24 +271,42 @@ _MEASURES: Mapping[str, Callable[[Config, int], Found]] = {
 }
 
 
-class _Ours:
+def steps_of(config: Config, part: str, seed: int, *, abstract: bool = False) -> dict[str, Ours]:
+    """Our steps of a part, by name; without arrays if `abstract`."""
+    make = functools.partial(Ours, getattr(config, part), seed=seed, abstract=abstract)
+    if part in ("trl", "trl_small"):
+        return {"step": make(recipes.named("distillspec"), decoder_only=True)}
+    make = functools.partial(make, recipes.named("supkd"))
+    if part != "chunked":
+        dtype = config.compute_dtype if part == "utilisation" else "float32"
+        return {"update": make(dtype=dtype)}
+    chunk, parts = config.chunk, config.micro_batches
+    return {
+        "plain": make(),
+        "chunks_alone": make(chunk=chunk),
+        "chunked": make(chunk=chunk, micro_batches=parts),
+    }
+
+
+class Ours:
     """A compiled step and its halves, on random texts of full length."""
 
     def __init__(
         self,
         pair: Pair,
         recipe: recipes.Recipe,
-        seed: int,
         *,
+        seed: int,
         chunk: int | None = None,
         micro_batches: int = 1,
         decoder_only: bool = False,
         vocabulary: int = 0,
         abstract: bool = False,
+        dtype: str = "float32",
     ) -> None:
         self.pair = pair
         self.target, self.draft = (
-            Transformer(_endless(preset(name), decoder_only, vocabulary))
+            Transformer(_endless(preset(name), decoder_only, vocabulary, dtype))
             for name in (pair.target, pair.draft)
         )
         rule = make_optimizer(OPTIMIZER, 1_000)
@@ -310,32 +330,37 @@ class _Ours:
             state = TrainState.create(init_params(self.draft, keys[0]), rule, seed=seed)
             return state, init_params(self.target, keys[1])
 
-        self._state, self._target_params = jax.eval_shape(fresh) if abstract else jax.jit(fresh)()
+        self.state, self.target_params = jax.eval_shape(fresh) if abstract else jax.jit(fresh)()
+
+    def lower(self, name: str) -> jax.stages.Lowered:
+        """The whole step, or else score and update."""
+        program: Any = self._step if name == "step" else self._lazy_update
+        return program.lower(self.state, self.target_params, self.batch)
 
     def calls(self) -> dict[str, Callable[[], Any]]:
         """The whole step and its halves; each call goes on from the state of the one before."""
 
         def train(step: Callable[..., Any]) -> jax.Array:
-            self._state, metrics = step(self._state, self._target_params, self.batch)
+            self.state, metrics = step(self.state, self.target_params, self.batch)
             return metrics["loss"][0]
 
         return {
             "step": lambda: train(self._step),
-            "rollout": lambda: self._rollout(self._state, self._target_params, self.batch),
+            "rollout": lambda: self._rollout(self.state, self.target_params, self.batch),
             "update": lambda: train(self._update),
         }
 
     @functools.cached_property
     def _update(self) -> Any:
         """Score and update, compiled."""
-        return self._lazy_update.lower(self._state, self._target_params, self.batch).compile()
+        return self.lower("update").compile()
 
     def flops(self) -> float:
         """Operations of score and update by the compiler's count; loop bodies count once.
 
         Of the program for an accelerator: no compiler counts those of the CPU's own kernel.
         """
-        traced = self._lazy_update.trace(self._state, self._target_params, self.batch)
+        traced = self._lazy_update.trace(self.state, self.target_params, self.batch)
         return traced.lower(lowering_platforms=("cuda",)).cost_analysis()["flops"]
 
     def memory(self) -> Row:
@@ -350,7 +375,7 @@ class _Ours:
         }
 
 
-def _endless(config: ModelConfig, decoder_only: bool, vocabulary: int) -> ModelConfig:
+def _endless(config: ModelConfig, decoder_only: bool, vocabulary: int, dtype: str) -> ModelConfig:
     """A shape without dropout whose model never ends a text: its end is one of the padding rows."""
     rows = vocabulary or config.vocab_size
     return dataclasses.replace(
@@ -359,6 +384,7 @@ def _endless(config: ModelConfig, decoder_only: bool, vocabulary: int) -> ModelC
         num_pieces=rows - 1,
         eos_id=rows - 1,
         dropout_rate=0.0,
+        dtype=dtype,
         num_encoder_layers=0 if decoder_only else config.num_encoder_layers,
     )
 

@@ -58,16 +58,7 @@ class Config:
 
 def measure(config: Config, seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Seconds a step of each way, medians over interleaved repeats."""
-    run = distill.DistillConfig(
-        task=TaskConfig(name="arithmetic_stories"),
-        steps=config.steps,
-        seed=seed,
-        batch_size=config.batch_size,
-        target=config.target,
-        draft=config.draft,
-        rollout_length=config.rollout_length,
-        optimizer=OptimizerConfig(learning_rate=1e-4, schedule="constant"),
-    )
+    run = run_config(config, seed)
     layout, task = parts.open_layout(run), load_task(run.task)
     records = []
     with (
@@ -84,6 +75,20 @@ def measure(config: Config, seed: int) -> tuple[dict[str, Any], list[dict[str, A
                 records.append({"way": name, "repeat": repeat, "seconds_per_step": seconds})
                 progress.update(len(records))
     return summarize(config, records), records
+
+
+def run_config(config: Config, seed: int) -> distill.DistillConfig:
+    """The run whose steps are taken."""
+    return distill.DistillConfig(
+        task=TaskConfig(name="arithmetic_stories"),
+        steps=config.steps,
+        seed=seed,
+        batch_size=config.batch_size,
+        target=config.target,
+        draft=config.draft,
+        rollout_length=config.rollout_length,
+        optimizer=OptimizerConfig(learning_rate=1e-4, schedule="constant"),
+    )
 
 
 def summarize(config: Config, records: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Entrypoints called in this process, and a task and models small enough to train in seconds."""
 
+import gc
 import json
 import sys
 
@@ -35,12 +36,16 @@ def leave(monkeypatch, capsys):
     return leave
 
 
+def no_plan(*_):
+    pytest.fail("planned")
+
+
 @pytest.fixture
 def enter(leave):
     """Runs an entrypoint on some arguments: (exit code, stdout, stderr)."""
 
     def enter(main, config_class, *arguments):
-        return leave(lambda: door.run(main, config_class), *arguments)
+        return leave(lambda: door.run(main, config_class, plan=no_plan), *arguments)
 
     return enter
 
@@ -54,6 +59,17 @@ def forget_flags():
     for name in ("config", "workdir", "plan", "device_memory_gib"):
         flags.FLAGS[name].unparse()
         flags.FLAGS[name].value = flags.FLAGS[name].default
+
+
+@pytest.fixture(scope="session")
+def live_arrays():
+    """How many arrays there are, without those that nobody holds any more."""
+
+    def count():
+        gc.collect()
+        return len(jax.live_arrays())
+
+    return count
 
 
 @pytest.fixture(scope="session")

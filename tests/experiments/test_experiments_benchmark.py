@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -70,6 +71,43 @@ def test_every_shape_is_compiled_once_and_has_its_figures():
     for row in records:
         tokens = row["batch_size"] * row["new_tokens"]
         assert row["plain_tokens_per_second"] == pytest.approx(tokens / row["plain_seconds"])
+
+
+def test_fresh_models_in_bfloat16_with_a_draft(capsys):
+    drafted = {"fresh_draft": "cpu_t5_draft", "fresh_gamma": 2, "dtype": "bfloat16", "peers": True}
+    config = dataclasses.replace(PLAIN, shapes=("cpu_t5_draft",), new_tokens=(4,), **drafted)
+    summary, records = decode.measure(config, seed=3)
+    assert (
+        "Hugging Face: left out, it computes in float32 here and not in bf"
+        in capsys.readouterr().out
+    )
+    for batch_size in (1, 3):
+        check_spread(summary, f"fraction_of_bandwidth_with_draft_batch{batch_size}")
+    assert summary["compilations_per_shape"] == 1
+    for row in records:
+        assert (row["draft"], row["gamma"]) == ("cpu_t5_draft", 2)
+        assert 4 / 3 <= row["blocks"] <= 4
+        assert 1 <= row["block_efficiency"] <= 3
+
+
+def test_what_a_block_reads():
+    """The target once; the draft for every token, and once more for its cache."""
+    config = dataclasses.replace(PLAIN, fresh_draft="cpu_t5_draft", fresh_gamma=3)
+    run = decode_plain._Run(config, "cpu_t5_target", 0, decode_plain.Memory(1), has_peers=False)
+    statistics = SimpleNamespace(
+        emitted=np.array([4, 4]), target_calls=np.array([2, 4]), block_efficiency=None
+    )
+    run._speculative = lambda *_: SimpleNamespace(statistics=statistics)
+    seconds = {"speculative": [12.0, 20.0], "encode": [3.0, 3.0], "encode_draft": [1.0, 1.0]}
+    seconds["read"] = [0.25, 0.5]
+    timings = {name: Timing(np.array(each), 11.0) for name, each in seconds.items()}
+    found = run._reading_of_blocks(timings, run._inputs(2), 4)
+    assert (found["blocks"], found["block_efficiency"]) == (4, 8 / 6)
+    target = decode_plain.decoder_bytes(run._model, run._params)
+    read = (target + 4 * decode_plain.decoder_bytes(*run._draft)) / 2**20  # blocks of memory
+    low, high = read * 0.25 / 2, read * 0.5 / 4  # a block takes 2 and 4 seconds
+    assert low == high
+    assert found["fraction_of_bandwidth_with_draft"] == pytest.approx(low)
 
 
 def test_products_are_timed_for_every_shape_and_number_of_rows():
@@ -245,6 +283,9 @@ def test_the_entrypoint_writes_its_files_and_keeps_them(enter, tmp_path, monkeyp
         ({"shapes": ()}, "shapes is empty"),
         ({"gammas": (3, 0)}, "gammas is .*at least 1"),
         ({"rounds": 0}, "rounds is 0"),
+        ({"fresh_gamma": 0}, "fresh_gamma is 0"),
+        ({"fresh_draft": "lm1b_33m"}, "fresh_draft has 'lm1b_33m', which has no encoder"),
+        ({"dtype": "bf16"}, "unknown dtype 'bf16' in config.decode.dtype"),
         ({"prompts": 7, "batch_sizes": (8,)}, "too few for a batch of 8"),
     ],
 )

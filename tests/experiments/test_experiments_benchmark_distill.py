@@ -50,7 +50,7 @@ def test_chunks_bound_the_memory_of_logits():
 def test_operations_are_counted_without_the_kernel_of_the_cpu():
     """By hand: two for each weight and token, and twice as many more where it is learnt."""
     pair = Pair(target="cpu_t5_target", draft="cpu_t5_draft", batch_size=4, target_length=16)
-    ours = distill._Ours(pair, distill.recipes.named("supkd"), 3, abstract=True)
+    ours = distill.Ours(pair, distill.recipes.named("supkd"), seed=3, abstract=True)
     expected = 0.0
     for model, passes in ((ours.target, 2), (ours.draft, 6)):
         c = model.config
@@ -73,7 +73,7 @@ def test_utilisation_is_a_share_of_the_peak(monkeypatch, teraflops, spread):
         lambda calls, **_: {name: Timing(seconds[name], 9.0) for name in calls},
     )
     size = 100  # 2e6 operations
-    monkeypatch.setattr(distill._Ours, "flops", lambda self: float(size**3) * 4)
+    monkeypatch.setattr(distill.Ours, "flops", lambda self: float(size**3) * 4)
     config = Config(
         parts=("utilisation",), utilisation=TINY, peak_teraflops=teraflops, product_size=size
     )
@@ -88,7 +88,7 @@ def test_utilisation_is_a_share_of_the_peak(monkeypatch, teraflops, spread):
 def test_no_text_ends_before_the_limit():
     """Rollouts of full length: every row of both models, without an end of sequence."""
     pair = dataclasses.replace(TINY, target_length=19)
-    ours = distill._Ours(pair, distill.recipes.named("gkd"), 3, decoder_only=True)
+    ours = distill.Ours(pair, distill.recipes.named("gkd"), seed=3, decoder_only=True)
     batch, metrics = ours.calls()["rollout"]()
     total, rows = metrics["rollout_length"]
     assert rows == 6

@@ -1,5 +1,9 @@
 """Distillation beside TRL and torch; `distill.py:fast` is a minute of it, with tiny models.
 
+`distill.py:accelerator` is for an H100: score and update of T5 1.1 XL and small in bfloat16, as a
+share of the 989 TFLOP/s of its data sheet (another device: --config.distill.peak_teraflops, or 0
+for what a large product reaches).
+
     /path/to/env/with/peers/python -m experiments.benchmark \
         --config=experiments/configs/benchmark/distill.py --workdir=runs/benchmark-distill
 
@@ -14,9 +18,16 @@ from ml_collections import ConfigDict
 
 
 def get_config(options: str = "") -> ConfigDict:
-    if options not in ("", "fast"):
-        raise ValueError(f"unknown option '{options}'; there is 'fast'")
+    if options not in ("", "fast", "accelerator"):
+        raise ValueError(f"unknown option '{options}'; there are 'fast' and 'accelerator'")
     config = ConfigDict({"benchmark": "distill", "distill": {}})
+    if options == "accelerator":
+        pair = {"target": "t5_1_1_xl", "draft": "t5_1_1_small", "batch_size": 64}
+        config.distill.parts = ("utilisation",)
+        config.distill.utilisation = ConfigDict({**pair, "input_length": 128})
+        config.distill.compute_dtype = "bfloat16"
+        config.distill.peak_teraflops = 989.0
+        config.distill.product_size = 8192
     if options == "fast":
         tiny = {"target": "cpu_target", "draft": "cpu_draft", "batch_size": 2, "target_length": 8}
         config.distill.rounds = 2
