@@ -25,6 +25,7 @@ from distillspec_jax.decoding.state import Speculation, SpeculativeOutput, check
 from distillspec_jax.errors import UserError
 from distillspec_jax.evaluation.acceptance import TeacherForced, along_texts
 from distillspec_jax.evaluation.corpus import over_batches
+from distillspec_jax.evaluation.quality import has_references
 from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.models.transformer import Params, Transformer, init_params
 from distillspec_jax.progress import Progress
@@ -320,6 +321,7 @@ def open_bench(config: EvaluateConfig, task: Task) -> Bench:
     tuning = None
     if config.tune and config.has_whole_blocks:
         tuning = read_prompts(task, config.tuning_split, config.num_tuning_prompts)
+    has_references(task.metric, prompts.references)  # before anything is decoded
     largest = max(config.timed_batch_sizes)
     if 0 < min(config.timed_prompts, len(prompts.row_ids)) < largest:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Measures speed beside the peers (torch, transformers, trl), side by side in one run.
+r"""Measures speed beside the peers (torch, transformers, trl), side by side in one run.
 
     python -m experiments.benchmark --config=experiments/configs/benchmark/decode.py \
         --workdir=runs/benchmark-decode
@@ -17,6 +17,7 @@ import jax
 
 from distillspec_jax.errors import UserError, unknown_name
 from experiments import door, planning_benchmark
+from experiments.bench import check_seeds
 from experiments.benchmarks import decode, distill, loop, scaling
 from experiments.workdir import SUMMARY, Workdir, write_json_lines
 
@@ -40,6 +41,7 @@ class BenchmarkConfig:
     def __post_init__(self) -> None:
         if self.benchmark not in BENCHMARKS:
             raise unknown_name("benchmark", self.benchmark, BENCHMARKS, "config.benchmark")
+        check_seeds("config.seed", self.seed)
 
 
 def main(config: BenchmarkConfig, workdir: Path) -> None:

@@ -1,4 +1,4 @@
-"""Converts a model between Hugging Face, T5X, Orbax and this project's own folders.
+r"""Converts a model between Hugging Face, T5X, Orbax and this project's own folders.
 
     python -m experiments.convert --from=flan-t5-small --to=target --format=native --verify
     python -m experiments.convert --from=runs/distill --to=draft --format=huggingface \
@@ -33,6 +33,7 @@ from distillspec_jax.interop.slim import cut, slim
 from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.models.transformer import Transformer, init_params, score
 from experiments import door, tokenizers
+from experiments.bench import check_seeds
 from experiments.planning import GIB, judge
 
 FORMATS = ("huggingface", "native", "orbax")
@@ -120,6 +121,8 @@ def _checked_flags() -> tuple[str, Path]:
         raise UserError(f"--dtype={_DTYPE.value} must be float32, bfloat16 or float16")
     if _FORMAT.value == "orbax" and _DTYPE.value != "float32":
         raise UserError("an Orbax checkpoint of this project holds float32; leave --dtype out")
+    if _FRESH.value is not None:
+        check_seeds("--fresh", _FRESH.value)
     refuse_existing(Path(_TO.value))
     return _FROM.value, Path(_TO.value)
 

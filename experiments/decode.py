@@ -1,4 +1,4 @@
-"""Decodes prompts from a file, from flags or from the terminal, with a draft or without.
+r"""Decodes prompts from a file, from flags or from the terminal, with a draft or without.
 
     python -m experiments.decode --config=experiments/configs/decode.py --workdir=runs/decode \
         --prompts=questions.jsonl
@@ -98,6 +98,7 @@ def _from_terminal(decoder: Decoder) -> tuple[list[Answer], list[dict[str, Any]]
 
     for line in _lines_of_terminal():
         try:
+            _check_utf8(line)
             prompt = Lines([line], "the prompt", decoder.config.prefix)
             inputs = decoder.encode(prompt)
             if inputs.shape not in compiled:
@@ -119,7 +120,8 @@ def _lines_of_terminal() -> Iterator[str]:
         if sys.stdin.isatty():
             print("prompt> ", end="", flush=True)
         try:
-            line = sys.stdin.readline()
+            with door.raising_ctrl_c():
+                line = sys.stdin.readline()
         except KeyboardInterrupt:
             print()
             return
@@ -127,6 +129,13 @@ def _lines_of_terminal() -> Iterator[str]:
             return
         if line.strip():
             yield line
+
+
+def _check_utf8(line: str) -> None:
+    try:
+        line.encode("utf-8")
+    except UnicodeEncodeError:  # Python lets other bytes of a terminal through as halves
+        raise UserError("the prompt is not UTF-8") from None
 
 
 def _announce(decoder: Decoder) -> None:
@@ -140,6 +149,10 @@ def _announce(decoder: Decoder) -> None:
     if decoder.draft is not None:
         for key, value in config.draft_options.items():
             print(f"{key} {value:g}")
+        if config.num_drafts > 1:
+            print(f"{config.num_drafts} drafts")
+        if not config.lenience.is_exact and config.temperature > 0:
+            print(f"lenience {config.lenience.epsilon:g}: the texts are not of the target's law")
         legend = Text("colours: ")
         for origin, word in ORIGINS.items():
             legend.append(f"{word} ", STYLES[origin])
@@ -167,10 +180,19 @@ def _summary(
         "gamma": config.gamma,
         **config.draft_options,
         "lossless": all(answer.lossless for answer in answers),
+        **_of_lenience(config),
         **ratio(counts["emitted"], counts["calls"]).keys("block_efficiency"),
         **ratio(counts["accepted"], counts["tested"]).keys("acceptance_rate"),
         "tokens_per_second_speculative": rate,
     }
+
+
+def _of_lenience(config: DecodeConfig) -> dict[str, Any]:
+    """What makes texts another law's: `lenience` and its kind, as `evaluate` names them."""
+    lenience = config.lenience
+    if lenience.is_exact:
+        return {}
+    return {"lenience": lenience.epsilon, "lenience_kind": lenience.kind}
 
 
 def _say(summary: dict[str, Any], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Distils a draft from its target, or trains the control: the same run by likelihood.
+r"""Distils a draft from its target, or trains the control: the same run by likelihood.
 
     python -m experiments.distill --config=experiments/configs/distill_stories.py \
         --workdir=runs/distilled
@@ -33,7 +33,7 @@ from distillspec_jax.training.state import TrainState
 from experiments import door, parts, planning
 from experiments.bench import Loaded, check_meeting, load
 from experiments.phases import PhasedStep
-from experiments.watching import LOW_EOS_RATE, MEAN, DecoderConfig, make_decoding
+from experiments.watching import ALPHA, LOW_EOS_RATE, MEAN, TAU, DecoderConfig, make_decoding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,9 @@ class DistillConfig(parts.TrainingConfig):
         super().__post_init__()
         if self.rollout_length < 0:
             raise UserError(f"config.rollout_length is {self.rollout_length}, must be at least 0")
+        temperatures = [f"t{each:g}" for each in self.decoder.temperatures]
+        rates = [f"{name}_{t}" for t in temperatures for name in (TAU, ALPHA)]
+        parts.check_best_metric(self.loop, [MEAN, *rates])
         recipe = self.recipe.resolve()
         if self.length_bucket and recipe.lambda1 == 0:
             raise UserError(

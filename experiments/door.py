@@ -6,15 +6,19 @@ Below the door there are no flags and no ConfigDict; errors come out of it as on
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import importlib.util
+import math
 import os
 import re
+import signal
 import sys
+import threading
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +29,7 @@ from ml_collections import ConfigDict, config_flags
 
 from distillspec_jax import hosts
 from distillspec_jax.errors import UserError, unknown_name
+from experiments.usage import default_of, is_instance, usage
 
 C = TypeVar("C")
 
@@ -43,7 +48,16 @@ _MEMORY = flags.DEFINE_float(
 BAD_INPUT = 2
 STOPPED = 143  # what a shell reports for SIGTERM: the job is saved but not done
 
+INTERRUPTED = 130  # the same for Ctrl-C
+
 _NO_ROOM, _NO_ACCESS = (errno.ENOSPC, errno.EDQUOT), (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+_MENDS = {
+    **dict.fromkeys(_NO_ROOM, "make room"),
+    **dict.fromkeys(_NO_ACCESS, "allow access"),
+    **dict.fromkeys(_NO_FOLDER, "give the path of a folder"),
+}
+_DOOR = ("config", "workdir", "plan", "device_memory_gib")
 _UNIONS = (typing.Union, types.UnionType)
 
 
@@ -66,8 +80,7 @@ def run(
 
     def start(argv: Sequence[str]) -> None:
         del argv
-        _enable_compilation_cache()
-        absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs each save, and errors it raises
+        _open()
         config = _or_exit(lambda: to_dataclass(config_class, _CONFIG.value or {}, "config"))
         if _PLAN.value:
             sys.exit(_or_exit(lambda: plan(config, _MEMORY.value)))
@@ -77,7 +90,7 @@ def run(
             sys.exit(_among_hosts(lambda: _or_exit(lambda: main(config, workdir))))
         sys.exit(_or_exit(lambda: main(config, workdir)))
 
-    app.run(start, flags_parser=parse)
+    _run(start, parse)
 
 
 def run_flags(
@@ -95,14 +108,58 @@ def run_flags(
         return _or_exit(lambda: _parse_own_flags(argv, has_workdir))
 
     def start(argv: Sequence[str]) -> None:
-        _enable_compilation_cache()
-        absl_logging.set_verbosity(absl_logging.FATAL)
+        _open()
         if len(argv) > 1:
             print(f"error: '{argv[1]}' is not a flag; see --help", file=sys.stderr)
             sys.exit(BAD_INPUT)
         sys.exit(_or_exit(lambda: plan(_MEMORY.value) if _PLAN.value else main()))
 
-    app.run(start, flags_parser=parse)
+    _run(start, parse)
+
+
+def _run(start: Callable[[Sequence[str]], None], parse: Callable[..., list[str]]) -> None:
+    """absl's `app.run`; Ctrl-C is answered from the first moment to the last."""
+    before = signal.getsignal(signal.SIGINT)
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main:
+        signal.signal(signal.SIGINT, _interrupted)
+    try:
+        app.run(start, flags_parser=parse)
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, before)
+
+
+def _interrupted(number: int, frame: types.FrameType | None) -> None:
+    """Leaves at once: an exception may come up in a callback of JAX's, where it is dropped.
+
+    What is written whole is kept, locks go with the process. Loops that save listen themselves.
+    """
+    del number, frame
+    sys.stdout.flush()
+    shown = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides the cursor
+    print(
+        f"{shown}\nstopped; the same command goes on or starts again", file=sys.stderr, flush=True
+    )
+    os._exit(INTERRUPTED)
+
+
+@contextlib.contextmanager
+def raising_ctrl_c() -> Iterator[None]:
+    """Within, Ctrl-C raises KeyboardInterrupt: for a wait that it is to end, and nothing else."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _open() -> None:
+    _enable_compilation_cache()
+    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs each save, and errors it raises
 
 
 def _join_hosts(workdir: Path, on_hosts: bool) -> None:
@@ -136,23 +193,38 @@ def _or_exit(action: Callable[[], Any]) -> Any:
         return action()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+    except MemoryError as error:
+        _say_too_large(error)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _say_too_large(error)
     except OSError as error:
-        if error.errno not in (*_NO_ROOM, *_NO_ACCESS):
+        right = _MENDS.get(error.errno or 0)
+        if right is None:
             raise
         where = f": {error.filename}" if error.filename else ""
-        right = "make room" if error.errno in _NO_ROOM else "allow access"
         print(f"error: {error.strerror}{where}; {right} or choose another place", file=sys.stderr)
     sys.exit(BAD_INPUT)
 
 
+def _say_too_large(error: BaseException) -> None:
+    first = (str(error).splitlines() or ["out of memory"])[0][:200]
+    print(
+        f"error: this does not fit into memory ({first}); --plan says what is needed and which "
+        "option makes it less",
+        file=sys.stderr,
+    )
+
+
 def _parse_flags(argv: Sequence[str], config_class: type) -> list[str]:
     """absl's parser, but bad flags come out as UserError, and defaults can be overridden."""
-    if not any(re.match(r"--?help", arg) for arg in argv):
-        _check_overrides(argv, config_class)
+    _leave_if_asked_for_help(argv, _DOOR, config_class)
+    _check_overrides(argv, config_class)
     flags.FLAGS["config"].parser = _ConfigParser(config_class)
     rest = _parsed(argv)
     needs_config = any(
-        _default(field, None) is dataclasses.MISSING for field in dataclasses.fields(config_class)
+        default_of(field) is dataclasses.MISSING for field in dataclasses.fields(config_class)
     )
     if needs_config and not _CONFIG.value:
         raise UserError("--config=FILE.py is missing; see --help")
@@ -171,6 +243,7 @@ def _parse_flags(argv: Sequence[str], config_class: type) -> list[str]:
 
 def _parse_own_flags(argv: Sequence[str], has_workdir: bool) -> list[str]:
     """The parser of `run_flags`: nothing that the door defines is taken and not looked at."""
+    _leave_if_asked_for_help(argv, _DOOR[1 if has_workdir else 2 :])
     given = [match[1] for arg in argv[1:] if (match := re.match(r"--?([a-z_]+)", arg))]
     for name in ("config", *(() if has_workdir else ("workdir",))):
         if name in given:
@@ -178,6 +251,14 @@ def _parse_own_flags(argv: Sequence[str], has_workdir: bool) -> list[str]:
     rest = _parsed(argv)
     _check_memory()
     return rest
+
+
+def _leave_if_asked_for_help(
+    argv: Sequence[str], names: Sequence[str], config_class: type | None = None
+) -> None:
+    if any(arg in ("-h", "-help", "--help", "--helpfull", "--helpshort") for arg in argv[1:]):
+        print(usage(names, config_class))
+        sys.exit(0)
 
 
 def _check_memory() -> None:
@@ -248,13 +329,13 @@ def _complete(config: ConfigDict, config_class: type, base: Any = None) -> None:
     """Puts defaults that the file leaves out into `config`, so that flags know their types."""
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
-        default = _default(field, base)
+        default = default_of(field, base)
         inner = _inner_dataclass(hints[field.name])
         if inner is not None and default is not None:
             if field.name not in config:
                 config[field.name] = ConfigDict()
             if isinstance(config[field.name], ConfigDict):
-                _complete(config[field.name], inner, default if _is_instance(default) else None)
+                _complete(config[field.name], inner, default if is_instance(default) else None)
         elif field.name not in config and default not in (dataclasses.MISSING, None):
             config[field.name] = default
 
@@ -273,7 +354,7 @@ def to_dataclass(cls: type[C], values: Mapping[str, Any], where: str, base: Any 
             raise unknown_name("config key", f"{where}.{name}", _dotted(where, hints))
     arguments = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        key, default = f"{where}.{field.name}", _default(field, base)
+        key, default = f"{where}.{field.name}", default_of(field, base)
         if field.name in values:
             arguments[field.name] = _convert(hints[field.name], values[field.name], key, default)
         elif default is dataclasses.MISSING:
@@ -291,10 +372,11 @@ def _convert(hint: Any, value: Any, key: str, default: Any = None) -> Any:
         return _convert_union(args, hint, value, key, default)
     if dataclasses.is_dataclass(hint):
         if isinstance(value, Mapping | ConfigDict):
-            base = default if _is_instance(default) else None
+            base = default if is_instance(default) else None
             return to_dataclass(hint, value, key, base)  # type: ignore[arg-type]
-    elif hint is float and type(value) in (int, float):
-        return float(value)
+    elif hint is float:
+        if type(value) in (int, float) and math.isfinite(value):
+            return float(value)
     elif origin is tuple and isinstance(value, tuple | list):
         each = [args[0]] * len(value) if args[-1] is ... else list(args)
         if len(each) == len(value):
@@ -319,19 +401,6 @@ def _convert_union(options: tuple[Any, ...], hint: Any, value: Any, key: str, de
     raise UserError(f"config key '{key}' is {value!r}, must be {_name(hint)}")
 
 
-def _default(field: dataclasses.Field[Any], base: Any) -> Any:
-    """The value of a field that is not given; MISSING if it must be."""
-    if base is not None:
-        return getattr(base, field.name)
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
-
-
-def _is_instance(value: Any) -> bool:
-    return dataclasses.is_dataclass(value) and not isinstance(value, type)
-
-
 def _inner_dataclass(hint: Any) -> Any:
     """The dataclass that `hint` is or may be (`X | None`), else None."""
     is_union = typing.get_origin(hint) in _UNIONS
@@ -348,6 +417,8 @@ def _dotted(where: str, names: Mapping[str, Any]) -> list[str]:
 def _name(hint: Any) -> str:
     if dataclasses.is_dataclass(hint):
         return "a section with keys"
+    if hint is float:
+        return "a finite number"
     return hint.__name__ if isinstance(hint, type) else str(hint)
 
 

@@ -1,4 +1,4 @@
-"""Measures what drafts gain for a target: acceptance, block efficiency, speed and quality.
+r"""Measures what drafts gain for a target: acceptance, block efficiency, speed and quality.
 
     python -m experiments.evaluate --config=experiments/configs/quickstart.py:evaluate \
         --workdir=runs/quickstart
@@ -24,6 +24,7 @@ from distillspec_jax.data.tasks import TaskConfig
 from distillspec_jax.decoding.block_length import FIXED, BlockLength
 from distillspec_jax.errors import UserError
 from distillspec_jax.evaluation.intervals import worded
+from distillspec_jax.evaluation.quality import has_references
 from distillspec_jax.models.config import check_dtype
 from experiments import door, measuring, planning_decoding
 from experiments.bench import Bench, DraftSampling, check_seeds, open_bench
@@ -153,6 +154,9 @@ def _announce(bench: Bench) -> None:
     print("  " + ", ".join(f"{name} {_list(values)}" for name, values in grid.items()))
     if config.draft_options:
         print("  " + ", ".join(f"{key} {value:g}" for key, value in config.draft_options.items()))
+    metric, references = bench.task.metric, bench.prompts.references
+    if metric != "none" and not has_references(metric, references):
+        print(f"  no quality ({metric}): the split '{config.split}' has no references")
     devices = jax.devices()
     print(f"  devices: {len(devices)} x {devices[0].device_kind}", flush=True)
 

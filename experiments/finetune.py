@@ -1,4 +1,4 @@
-"""Fine-tunes a model on the references of a task, by likelihood.
+r"""Fine-tunes a model on the references of a task, by likelihood.
 
     python -m experiments.finetune --config=experiments/configs/finetune_stories.py:target \
         --workdir=runs/target
@@ -39,6 +39,11 @@ class FinetuneConfig(parts.TrainingConfig):
     loop: LoopConfig = dataclasses.field(
         default_factory=lambda: LoopConfig(best_metric="loss", best_mode="min")
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        answers = ["quality"] if self.decode_prompts else []
+        parts.check_best_metric(self.loop, ["loss", "token_accuracy", *answers])
 
 
 def main(config: FinetuneConfig, workdir: Path) -> int | None:

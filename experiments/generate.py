@@ -1,4 +1,4 @@
-"""Has a target write texts for a split's prompts, once, for drafts to learn from ever after.
+r"""Has a target write texts for a split's prompts, once, for drafts to learn from ever after.
 
     python -m experiments.generate --config=experiments/configs/generate_stories.py \
         --workdir=runs/teacher-data

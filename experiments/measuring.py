@@ -232,7 +232,7 @@ def _race(bench: Bench, settings: Sequence[Setting], batch_size: int) -> latency
     batches = _timed_batches(bench.prompts, config.timed_prompts, batch_size)
     clocks: list[latency.Clock] = []
     total = len(config.temperatures) * len(batches)
-    with Progress(f"time, batch {batch_size}", total, unit="batch") as progress:
+    with Progress(f"time, batch {batch_size}", total, unit="call") as progress:
         for temperature in config.temperatures:
             decoders = {_target(temperature): _decoder(bench.plain, temperature)}
             for setting in (each for each in settings if each.temperature == temperature):
@@ -332,7 +332,9 @@ def _size_ratio(bench: Bench, name: str) -> float:
 
 def _quality(bench: Bench, texts: Sequence[Sequence[str]]) -> Row:
     score = pooled_quality(bench.task.metric, texts, bench.prompts.references)
-    return {"quality_metric": bench.task.metric, **(score.keys("quality") if score else {})}
+    if score is None:  # by the task, or for want of references
+        return {"quality_metric": "none"}
+    return {"quality_metric": bench.task.metric, **score.keys("quality")}
 
 
 def _gains_in_tau(bench: Bench, measured: Mapping[tuple[Setting, Draft], Measured]) -> list[Row]:

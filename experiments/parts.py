@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from distillspec_jax.data import pipeline
 from distillspec_jax.data.batch import Batch
 from distillspec_jax.data.examples import take
 from distillspec_jax.data.tasks import Task, TaskConfig
-from distillspec_jax.errors import UserError
+from distillspec_jax.errors import UserError, unknown_name
 from distillspec_jax.models.config import check_dtype
 from distillspec_jax.sharding.layout import Layout, check_rows, device_bytes
 from distillspec_jax.sharding.mesh import AXES, MeshConfig, make_mesh
@@ -188,6 +188,12 @@ def validation_batches(
     )
 
 
+def check_best_metric(loop: LoopConfig, known: Sequence[str]) -> None:
+    """Refuses a figure that no evaluation of the run will have, before anything is loaded."""
+    if loop.best_metric and loop.best_metric not in known:
+        raise unknown_name("metric", loop.best_metric, known, "config.loop.best_metric")
+
+
 def check_references(task: Task, config: TrainingConfig) -> None:
     """Refuses prompts without references where references are learnt from."""
     if not task.examples(config.train_split)[0].target:
@@ -285,6 +291,12 @@ def announce(prepared: Prepared, config: TrainingConfig, task: Task, layout: Lay
         f"{config.batch_size}, up to {task.input_length} + {task.target_length} tokens, vocabulary "
         f"of {task.vocabulary.size}"
     )
+    warm_up = config.optimizer.warmup_steps
+    if warm_up >= config.steps:
+        print(
+            f"  warning: config.optimizer.warmup_steps is {warm_up:,}: the run of {config.steps:,} "
+            "steps ends before the learning rate has risen"
+        )
     state = prepared.state
     held = device_bytes((state, state.params, prepared.frozen))
     print(

@@ -1,4 +1,4 @@
-"""Distils one draft in many ways: divergence x source of the data, for seeds, data sizes, steps.
+r"""Distils one draft in many ways: divergence x source of the data, for seeds, data sizes, steps.
 
     python -m experiments.sweep --config=experiments/configs/grid.py --workdir=runs/grid
     python -m experiments.sweep --config=experiments/configs/curves.py:references \

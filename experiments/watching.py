@@ -22,6 +22,7 @@ from distillspec_jax.models.transformer import Transformer
 from experiments.bench import Loaded
 
 LOW_EOS_RATE = 0.5  # below it most texts are cut by the limit, and little is learnt of the end
+TAU, ALPHA = "block_efficiency", "acceptance_rate"  # of a temperature, as block_efficiency_t0
 MEAN = "block_efficiency_mean"  # over the temperatures: what the best draft is chosen by
 
 Place = Callable[[Batch], Batch]
@@ -149,9 +150,9 @@ def make_decoding(
         figures: dict[str, Any] = {}
         for temperature in config.temperatures:
             emitted, calls, accepted, tested = counts_of(params, temperature)
-            figures |= ratio(emitted, calls).keys(f"block_efficiency_t{temperature:g}")
-            figures |= ratio(accepted, tested).keys(f"acceptance_rate_t{temperature:g}")
-        taus = [figures[f"block_efficiency_t{each:g}"] for each in config.temperatures]
+            figures |= ratio(emitted, calls).keys(f"{TAU}_t{temperature:g}")
+            figures |= ratio(accepted, tested).keys(f"{ALPHA}_t{temperature:g}")
+        taus = [figures[f"{TAU}_t{each:g}"] for each in config.temperatures]
         return {MEAN: float(np.mean(taus)), **figures}
 
     return watch

@@ -78,8 +78,10 @@ def _refuse_other_run(path: Path, experiment: str, config: Any, may_change: Sequ
         raise UserError(
             f"--workdir={path} holds files but no run; choose an empty or a new folder"
         ) from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no UTF-8
         raise UserError(f"{path / CONFIG} is not JSON ({error})") from None
+    if not isinstance(theirs, dict):
+        raise UserError(f"{path / CONFIG} holds no JSON object; it is no run's")
     name = theirs.pop("experiment", None)
     if name != experiment:
         raise UserError(

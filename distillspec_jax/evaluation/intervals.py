@@ -1,7 +1,9 @@
-"""Estimates with 95 % intervals: a bootstrap over prompts (and seeds), and an exact one.
+"""Estimates with 95 % intervals: a bootstrap over prompts, wider for few seeds, and an exact one.
 
 Rates of decoding are ratios of sums over prompts (tokens over target calls, accepted over
 tested), so prompts are what is resampled: tokens of one text are not independent of each other.
+Seeds are too few to be resampled (of three, a bootstrap sees two thirds of the variance, and knows
+no quantile of Student's): what they differ by is added as a variance with its degrees of freedom.
 """
 
 from __future__ import annotations
@@ -44,11 +46,10 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Bootstrap:
-    """Resamples prompts, and seeds where there are several, with replacement.
+    """Resamples prompts with replacement, the same ones for all seeds, which meet all of them.
 
-    Seeds and prompts are crossed (every seed meets the same prompts), so they are drawn
-    independently of each other. All columns of one bootstrap see the same draws: ratios of two
-    drafts measured on the same prompts are paired.
+    All columns of one bootstrap see the same draws: ratios of two drafts measured on the same
+    prompts are paired.
     """
 
     draws: int = 2000
@@ -56,21 +57,15 @@ class Bootstrap:
 
     def totals(self, values: np.ndarray) -> np.ndarray:
         """Sums of values [prompts] or [seeds, prompts] in every resample: [draws] float64."""
-        table = np.atleast_2d(np.asarray(values, np.float64))
-        seeds, prompts = _weights(self.draws, self.seed, *table.shape)
-        return np.einsum("ds,ds->d", seeds, prompts @ table.T)
+        sums = np.sum(np.atleast_2d(np.asarray(values, np.float64)), axis=0)
+        return _weights(self.draws, self.seed, sums.size) @ sums
 
 
 @functools.lru_cache(maxsize=8)  # the same prompts are resampled for every figure of a run
-def _weights(
-    draws: int, seed: int, num_seeds: int, num_prompts: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """How often each draw takes each seed [draws, seeds] and each prompt [draws, prompts]."""
-    rng = np.random.default_rng(seed)
-    # prompts first: their draws then do not depend on how many seeds there are
-    prompts = rng.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), draws)
-    seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), draws)
-    return seeds.astype(np.float64), prompts.astype(np.float64)
+def _weights(draws: int, seed: int, num_prompts: int) -> np.ndarray:
+    """How often each draw takes each prompt: [draws, prompts]."""
+    shares = np.full(num_prompts, 1 / num_prompts)
+    return np.random.default_rng(seed).multinomial(num_prompts, shares, draws).astype(np.float64)
 
 
 def worded(figures: Mapping[str, Any], name: str, form: str = ".3g") -> str:
@@ -87,7 +82,11 @@ def estimate(
     columns: Sequence[np.ndarray],
     bootstrap: Bootstrap | None = None,
 ) -> Estimate:
-    """A function of column sums with its percentile bootstrap interval, if there are two prompts.
+    """A function of column sums with its interval over prompts and seeds, if there are two prompts.
+
+    One seed: the percentiles of the bootstrap. Several: Var = Var_prompts + Var_seeds / S, with
+    Student's quantile at the degrees of freedom of such a sum (Satterthwaite 1946), and as skewed
+    as the bootstrap. Where seeds are paired with those of a base, so are their ratios.
 
     Args:
       statistic: takes one array of sums per column and works elementwise.
@@ -113,7 +112,27 @@ def estimate(
     count, (low, high) = tables[0].shape[1], (-np.inf, np.inf)
     if count > 1:
         low, high = np.nanpercentile(draws, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            each = statistic(*(table.sum(axis=1, dtype=np.float64) for table in tables))
+        low, high = _over_seeds(float(value), low, high, draws, each, count)
     return Estimate(float(value), float(low), float(high), count)
+
+
+def _over_seeds(
+    value: float, low: float, high: float, draws: np.ndarray, each: np.ndarray, num_prompts: int
+) -> tuple[float, float]:
+    """The interval [low, high] over prompts, widened by what the seeds' own values differ by."""
+    each = each[np.isfinite(each)]
+    of_seeds = np.var(each, ddof=1) / each.size if each.size > 1 else 0.0
+    if of_seeds == 0:
+        return low, high
+    of_prompts = np.nanvar(draws)
+    freedom = (of_prompts + of_seeds) ** 2 / (
+        of_prompts**2 / (num_prompts - 1) + of_seeds**2 / (each.size - 1)
+    )
+    width = 2 * stats.t.ppf((1 + LEVEL) / 2, freedom) * np.sqrt(of_prompts + of_seeds)
+    below = np.clip((value - low) / (high - low), 0, 1) if high > low else 0.5
+    return value - below * width, value + (1 - below) * width
 
 
 def ratio(

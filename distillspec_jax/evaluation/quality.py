@@ -40,12 +40,16 @@ class Metric:
     is_proportion: bool = False
 
 
-def _number_matches(predictions: Sequence[str], references: Sequence[str]) -> list[np.ndarray]:
+def _numbers(references: Sequence[str]) -> list[float | None]:
     wanted = [final_number(reference) for reference in references]
     if None in wanted:
         row = wanted.index(None)
         raise UserError(f"reference {row} has no final number '#### N': {references[row]!r}")
-    pairs = zip(predictions, wanted, strict=True)
+    return wanted
+
+
+def _number_matches(predictions: Sequence[str], references: Sequence[str]) -> list[np.ndarray]:
+    pairs = zip(predictions, _numbers(references), strict=True)
     return _mean_of([final_number(text) == number for text, number in pairs])
 
 
@@ -102,8 +106,30 @@ METRICS = {
 }
 
 
+def has_references(metric: str, references: Sequence[str]) -> bool:
+    """Whether texts can be scored: by a metric, against references, of which none is missing.
+
+    Raises UserError for an unknown metric, and if only some have a reference that it can read.
+    """
+    if metric == "none":
+        return False
+    if metric not in METRICS:
+        raise unknown_name("metric", metric, [*METRICS, "none"])
+    empty = [row for row, reference in enumerate(references) if not reference.strip()]
+    if empty and len(empty) < len(references):
+        raise UserError(
+            f"{len(empty)} of {len(references)} references are empty, the first is number "
+            f"{empty[0]}; metric '{metric}' needs all of them, or give metric 'none'"
+        )
+    if empty:
+        return False
+    if metric == "exact_match_number":
+        _numbers(references)
+    return True
+
+
 def quality(metric: str, predictions: Sequence[str], references: Sequence[str]) -> Estimate | None:
-    """Scores texts by a task's metric; None for a task that has none.
+    """Scores texts by a task's metric; None for a task that has none, or no references.
 
     Args:
       metric: `exact_match_number` (number behind the last `####`), `rouge1`, `rouge2`, `rougeL`,
@@ -124,23 +150,24 @@ def pooled_quality(
     metric: str, seeds: Sequence[Sequence[str]], references: Sequence[str]
 ) -> Estimate | None:
     """`quality` of several seeds' texts on the same prompts, resampled over seeds and prompts."""
-    if metric == "none":
-        return None
-    if metric not in METRICS:
-        raise unknown_name("metric", metric, [*METRICS, "none"])
     for predictions in seeds:
         if len(predictions) != len(references) or not references:
             raise UserError(
                 f"quality needs as many predictions as references and at least one, "
                 f"got {len(predictions)} and {len(references)}"
             )
+    if not has_references(metric, references):
+        return None
     kind = METRICS[metric]
     tables = [kind.columns(predictions, references) for predictions in seeds]
     columns = [np.stack(column) for column in zip(*tables, strict=True)]
-    if kind.is_proportion and len(seeds) == 1:
-        share = exact_proportion(int(columns[0].sum()), len(references))
+    if kind.is_proportion and not np.ptp(columns[0], axis=0).any():  # one seed, or all alike
+        share = exact_proportion(int(columns[0][0].sum()), len(references))
     else:
         share = estimate(kind.statistic, columns)
+    low, high = share.low, share.high
+    if np.isfinite([low, high]).all():
+        low, high = np.clip([low, high], 0.0, 1.0)
     return dataclasses.replace(
-        share, value=100 * share.value, low=100 * share.low, high=100 * share.high
+        share, value=100 * share.value, low=100 * float(low), high=100 * float(high)
     )

@@ -6,20 +6,24 @@ A draft keeps its colour through all figures: the headline draft is the last and
 from __future__ import annotations
 
 import io
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from distillspec_jax.report.runs import Record, Run
+from distillspec_jax.report.runs import LOSS_KINDS, Record, Run
 from distillspec_jax.report.tables import decoded_rows
 
 HEADLINE = "#0b6e99"
 OTHERS = ("#9aa5b1", "#e0a43b", "#7b9e5f", "#b07aa1", "#d1605e")
+SPARE = ("#4b3f72", "#8c5a3c", "#3fa796", "#c2417c", "#5f6b2f")  # never a draft's
 INK, FAINT = "#2b2f36", "#d9dde3"
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -53,6 +57,12 @@ def _names(run: Run) -> list[str]:
     return list(dict.fromkeys(row["name"] for row in run.summary["pooled"]))
 
 
+def _shown(name: str) -> str:
+    """A label that reads as `name`: a pair of `$` begins a formula, a `_` in front hides it."""
+    escaped = name.replace("$", r"\$")
+    return f" {escaped}" if name.startswith("_") else escaped
+
+
 def _panels(temperatures: Sequence[float], width: float = 3.6) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width * len(temperatures), 2.9), layout="constrained")
     axes = figure.subplots(1, len(temperatures), sharey=True, squeeze=False)[0]
@@ -61,10 +71,15 @@ def _panels(temperatures: Sequence[float], width: float = 3.6) -> tuple[Figure, 
     return figure, list(axes)
 
 
-def _legend(figure: Figure, panel: Axes) -> None:
+def _legend(figure: Figure) -> None:
     """One legend for all panels, above them, where it hides nothing."""
-    handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels))
+    handles: dict[str, Artist] = {}
+    for panel in figure.axes:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside upper right", ncols=len(handles)
+    )
 
 
 def _mode(temperature: float) -> str:
@@ -107,7 +122,7 @@ def block_efficiency(run: Run) -> Figure | None:
                 textcoords="offset points",
                 ha="center",
             )
-        panel.set_xticks(range(len(names)), names)
+        panel.set_xticks(range(len(names)), [_shown(name) for name in names])
         panel.grid(axis="x", visible=False)
         panel.margins(y=0.12)
     axes[0].set_ylabel(f"tokens per target call (gamma {gamma})")
@@ -141,7 +156,7 @@ def _against_gamma(run: Run, line: str, point: str, label: str) -> Figure | None
     figure, axes = _panels(_temperatures(curves))
     for panel, temperature in zip(axes, _temperatures(curves), strict=True):
         for name, colour in colours.items():
-            _line(panel, _matching(curves, name, temperature), line, colour, name)
+            _line(panel, _matching(curves, name, temperature), line, colour, _shown(name))
             for row in _matching(rows, name, temperature):
                 error = _error(row, point)
                 panel.errorbar(
@@ -150,7 +165,7 @@ def _against_gamma(run: Run, line: str, point: str, label: str) -> Figure | None
         panel.set_xlabel("gamma, drafted tokens per block")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set_ylabel(label)
-    _legend(figure, axes[0])
+    _legend(figure)
     return figure
 
 
@@ -188,47 +203,69 @@ def accepted_lengths(run: Run) -> Figure | None:
                 blocks = np.array(row["accepted_histogram"], float)
                 places = np.arange(len(blocks)) + (i - (len(names) - 1) / 2) * width
                 share = 100 * blocks / max(blocks.sum(), 1)
-                panel.bar(places, share, width * 0.92, color=colours[name], label=name)
+                panel.bar(places, share, width * 0.92, color=colours[name], label=_shown(name))
         panel.set_xticks(range(gamma + 1))
         panel.set_xlabel(f"accepted tokens of a block (gamma {gamma})")
         panel.grid(axis="x", visible=False)
     axes[0].set_ylabel("% of blocks")
-    _legend(figure, axes[0])
+    _legend(figure)
     return figure
 
 
 def training(runs: Sequence[Run], drafts: Sequence[str] = ()) -> Figure | None:
-    """Loss of every training run, and block efficiency on held-out prompts where it was watched.
+    """Losses of the training runs, and block efficiency on held-out prompts where it was watched.
 
     `drafts` are the names of an evaluation, whose colours runs of such a name take.
     """
     runs = [run for run in runs if run.is_training]
     if not runs:
         return None
-    watched = sorted(
-        {key for run in runs for r in run.of_kind("eval") for key in r if _is_tau(key)}
-    )
-    panels = ["loss", *watched]
-    figure = Figure(figsize=(3.4 * len(panels), 2.9), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    panels = _training_panels(runs)
+    rows = math.ceil(len(panels) / 3)  # of panels large enough to read
+    columns = math.ceil(len(panels) / rows)
+    figure = Figure(figsize=(3.4 * columns, 2.9 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
     colours = _run_colours(runs, drafts)
-    for panel, key in zip(axes, panels, strict=True):
-        for run in runs:
-            steps, values = run.series("train" if key == "loss" else "eval", key)
+    for panel, (title, kind, key, shown) in zip(axes, panels, strict=False):
+        for run in shown:
+            steps, values = run.series(kind, key)
             if steps:
-                panel.plot(steps, values, color=colours[run.name], label=run.name, linewidth=1.4)
+                colour, label = colours[run.name], _shown(run.name)
+                panel.plot(steps, values, color=colour, label=label, linewidth=1.4)
         panel.set_xlabel("step")
-        panel.set_title("training loss" if key == "loss" else _watched_title(key))
+        panel.set_title(title)
         panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    _legend(figure, axes[0])
+    for left_over in axes[len(panels) :]:
+        left_over.remove()
+    _legend(figure)
     return figure
 
 
+def _training_panels(runs: Sequence[Run]) -> list[tuple[str, str, str, list[Run]]]:
+    """Title, kind of record, its key, and the runs; a divergence beside a likelihood looks flat."""
+    of_kind = {kind: [run for run in runs if run.loss_kind == kind] for kind in LOSS_KINDS}
+    losses = [(f"training loss, {kind}", "train", "loss", own) for kind, own in of_kind.items()]
+    watched = sorted(
+        {key for run in runs for r in run.of_kind("eval") for key in r if _is_tau(key)}
+    )
+    return [
+        *(panel for panel in losses if panel[-1]),
+        *((_watched_title(key), "eval", key, list(runs)) for key in watched),
+    ]
+
+
 def _run_colours(runs: Sequence[Run], drafts: Sequence[str]) -> dict[str, str]:
-    of_drafts = colours_of(drafts) if drafts else {}
-    colours = colours_of([run.name for run in runs])
-    for name, colour in of_drafts.items():
-        colours |= {run.name: colour for run in runs if name in run.name}
+    """That of the draft whose name is a part of the run's path; to the others what is free."""
+    if not drafts:
+        return colours_of([run.name for run in runs])
+    of_drafts = colours_of(drafts)
+    free = itertools.cycle(
+        colour for colour in (*OTHERS, *SPARE) if colour not in of_drafts.values()
+    )
+    colours = {}
+    for run in runs:
+        own = [of_drafts[name] for name in drafts if f"/{name}/" in f"/{run.name}/"]
+        colours[run.name] = own[-1] if own else next(free)
     return colours
 
 

@@ -48,8 +48,12 @@ ul { padding-left: 1.2rem; }
 
 LEAD = (
     "A draft writes some tokens ahead, the target checks them in one call and keeps what its own "
-    "law allows. Block efficiency is the number of tokens that one call of the target yields. "
-    "The text is exactly what the target alone would have written, or has exactly its law."
+    "law allows. Block efficiency is the number of tokens that one call of the target yields."
+)
+LOSSLESS = "The text is exactly what the target alone would have written, or has exactly its law."
+PARTLY_LOSSLESS = (
+    "In rows without a lenience the text is exactly what the target alone would have written, or "
+    "has exactly its law; a lenience gives that up."
 )
 
 
@@ -67,7 +71,7 @@ def page(
       tables: in the order of the page.
       figures: file name -> (caption, SVG).
     """
-    body = [f"<h1>{html.escape(title)}</h1>", f'<p class="lead">{html.escape(LEAD)}</p>']
+    body = [f"<h1>{html.escape(title)}</h1>", f'<p class="lead">{html.escape(_lead(runs))}</p>']
     for run in (each for each in runs if each.is_evaluation):
         body += [_cards(headlines(run)), _list(lines(run))]
     for name, (caption, svg) in figures.items():
@@ -80,6 +84,15 @@ def page(
         f"<title>{html.escape(title)}</title>\n<style>{CSS}</style>\n</head>\n"
         f"<body>\n<main>\n{chr(10).join(body)}\n</main>\n</body>\n</html>\n"
     )
+
+
+def _lead(runs: Sequence[Run]) -> str:
+    """Claims what the rows of the page claim."""
+    rows = [row for run in runs if run.is_evaluation for row in run.summary["pooled"]]
+    lossless = [row["lossless"] for row in rows]
+    if not any(lossless):
+        return LEAD
+    return f"{LEAD} {LOSSLESS if all(lossless) else PARTLY_LOSSLESS}"
 
 
 def _cards(found: Sequence[Headline]) -> str:

@@ -44,7 +44,13 @@ class Table:
 
 
 def _markdown_row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return f"| {' | '.join(_markdown_cell(cell) for cell in cells)} |"
+
+
+def _markdown_cell(text: str) -> str:
+    """On one line, with what would begin a tag, an entity, an escape or a cell as plain text."""
+    escaped = html.escape(" ".join(text.splitlines()), quote=False)
+    return escaped.replace("\\", "\\\\").replace("|", "\\|")
 
 
 def figure(row: Mapping[str, Any], key: str, digits: int = 2) -> str:
@@ -70,11 +76,12 @@ def drafts_table(evaluation: Run) -> Table:
     """What each draft reached, in each setting, pooled over seeds."""
     rows = decoded_rows(evaluation)
     metric = next((row["quality_metric"] for row in rows), "none").replace("_", " ")
+    has_metric = metric != "none"
     return Table(
         title="Acceptance and block efficiency",
         header=[
             *("draft", "seeds", "T", "gamma", "acceptance rate", "block efficiency"),
-            *("from the text", "i.i.d.", metric),
+            *("from the text", "i.i.d.", *([metric] if has_metric else [])),
         ],
         rows=[
             [
@@ -86,18 +93,39 @@ def drafts_table(evaluation: Run) -> Table:
                 figure(row, "block_efficiency"),
                 figure(row, "block_efficiency_path"),
                 figure(row, "block_efficiency_iid"),
-                figure(row, "quality", 1),
+                *([figure(row, "quality", 1)] if has_metric else []),
             ]
             for row in rows
         ],
-        note=(
-            f"{_count(rows, 'num_prompts')} prompts, 95 % intervals by bootstrap over prompts and "
-            "seeds. Block efficiency is tokens per target call, by the real decoder; beside it "
-            "what the target's own texts predict, and the formula for independent acceptances. "
-            "Quality in percent."
+        note=" ".join(
+            [
+                f"{_count(rows, 'num_prompts')} prompts, 95 % intervals {_sampled(rows)}. Block "
+                "efficiency is tokens per target call, by the real decoder; beside it what the "
+                "target's own texts predict, and the formula for independent acceptances. Where "
+                "the length limit cuts a text, the decoder's last block counts whole and the "
+                "prediction ends at the cut, so it may lie lower.",
+                *(["Quality in percent."] if has_metric else []),
+                *_draft_sampling(evaluation),
+            ]
         ),
         numbers=frozenset(range(1, 9)),
     )
+
+
+def _sampled(rows: Sequence[Record]) -> str:
+    if all(len(row["seeds"]) == 1 for row in rows):
+        return "by bootstrap over prompts; one seed"
+    return "over prompts and seeds"
+
+
+def _draft_sampling(evaluation: Run) -> list[str]:
+    """A sentence where the draft does not sample as the target does."""
+    options = {
+        option: evaluation.config.get(f"draft_{option}")
+        for option in ("temperature", "top_k", "top_p")
+    }
+    own = [f"{option} {value:g}" for option, value in options.items() if value is not None]
+    return [f"The draft samples with its own {', '.join(own)}."] if own else []
 
 
 def agreement_table(evaluation: Run) -> Table:
@@ -252,4 +280,4 @@ def _count(rows: Sequence[Record], key: str) -> str:
 
 def _last_loss(run: Run) -> str:
     values = run.series("train", "loss")[1]
-    return f"{values[-1]:.4f}" if values else "-"
+    return f"{values[-1]:.3g}" if values else "-"

@@ -346,8 +346,9 @@ class _Loop:
         name = self._config.best_metric
         if not name:
             return False
-        if name not in values:
-            raise unknown_name("best_metric", name, values, "the loop")
+        numbers = [key for key, value in values.items() if isinstance(value, float)]
+        if name not in numbers:
+            raise unknown_name("best_metric", name, numbers, "the loop")
         memory, value = self.memory, values[name]
         sign = 1 if self._config.best_mode == "max" else -1
         # NaN is greater than nothing, so it is never the best.

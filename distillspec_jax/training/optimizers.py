@@ -21,8 +21,8 @@ class OptimizerConfig:
 
     The learning rate rises linearly over `warmup_steps`, stays at its peak until `decay_start`
     (or the end of the warm-up, if that is later), then follows `schedule`: "linear" and "cosine"
-    reach `floor` times the peak at the last step, "rsqrt" falls as sqrt(start / step) and stops
-    at the floor. DistillSpec: adafactor, 3e-4, warm-up 5,000, cosine from step 150,000 to
+    reach `floor` times the peak behind the last step, "rsqrt" falls as sqrt(start / step) and
+    stops at the floor. DistillSpec: adafactor, 3e-4, warm-up 5,000, cosine from step 150,000 to
     300,000, floor 0.1.
     """
 
@@ -44,15 +44,20 @@ class OptimizerConfig:
             raise unknown_name("optimizer", self.name, OPTIMIZERS)
         if self.schedule not in SCHEDULES:
             raise unknown_name("schedule", self.schedule, SCHEDULES, "the optimizer")
-        if self.learning_rate <= 0:
+        if not self.learning_rate > 0:
             raise UserError(f"learning_rate is {self.learning_rate}, must be above 0")
         if not 0 <= self.floor <= 1:
             raise UserError(f"floor is {self.floor}, must be within 0 and 1 (a part of the peak)")
         for field in ("scale_by_parameter",) if self.name == "adamw" else ("b1", "b2", "epsilon"):
             if getattr(self, field) != getattr(OptimizerConfig, field):
                 raise UserError(f"{field} is not a setting of {self.name}: leave it out")
+        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.epsilon > 0):
+            raise UserError(
+                f"b1, b2 and epsilon are {self.b1}, {self.b2} and {self.epsilon}, must be within "
+                "[0, 1) and above 0"
+            )
         for field in ("warmup_steps", "decay_start", "clip_norm", "weight_decay"):
-            if getattr(self, field) < 0:
+            if not getattr(self, field) >= 0:
                 raise UserError(f"{field} is {getattr(self, field)}, must not be negative")
 
     @property

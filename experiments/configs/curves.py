@@ -1,4 +1,4 @@
-"""How the gain of a distilled draft depends on the number of references, and on that of steps.
+r"""How the gain of a distilled draft depends on the number of references, and on that of steps.
 
     python -m experiments.sweep --config=experiments/configs/curves.py:references \
         --workdir=runs/curve-references

@@ -1,4 +1,4 @@
-"""Decoding with the two models of the package; the draft may be any run's workdir.
+r"""Decoding with the two models of the package; the draft may be any run's workdir.
 
     python -m experiments.decode --config=experiments/configs/decode.py --workdir=runs/decode \
         --config.draft=runs/quickstart/distilled --prompts=questions.jsonl

@@ -1,4 +1,4 @@
-"""Distillation on `arithmetic_stories`, of the two models in the package.
+r"""Distillation on `arithmetic_stories`, of the two models in the package.
 
     python -m experiments.distill --config=experiments/configs/distill_stories.py \
         --workdir=runs/distilled

@@ -1,4 +1,4 @@
-"""Fine-tuning on `arithmetic_stories`, as it was done for the two models in the package.
+r"""Fine-tuning on `arithmetic_stories`, as it was done for the two models in the package.
 
     C=experiments/configs/finetune_stories.py
     python -m experiments.finetune --config=$C:target --workdir=runs/stories-shallow

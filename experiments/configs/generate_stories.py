@@ -1,4 +1,4 @@
-"""The packaged target writes an answer to each of the 3,000 training prompts.
+r"""The packaged target writes an answer to each of the 3,000 training prompts.
 
     python -m experiments.generate --config=experiments/configs/generate_stories.py \
         --workdir=runs/teacher-data

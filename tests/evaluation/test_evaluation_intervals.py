@@ -1,4 +1,4 @@
-"""Intervals: closed forms, coverage, pairing, and the two-way bootstrap over seeds."""
+"""Intervals: closed forms, coverage over prompts and seeds, pairing."""
 
 import numpy as np
 import pytest
@@ -53,27 +53,55 @@ def test_shared_noise_cancels_in_a_paired_ratio():
     assert alone.high - alone.low > 0.3
 
 
-def test_seeds_are_resampled_as_well_as_prompts():
-    # prompts agree within a seed, seeds differ: prompts alone would give an empty interval
+def test_interval_of_seeds_that_prompts_say_nothing_of():
+    """Prompts agree within a seed: Student's interval of three values, 10 / 3 and sd 1.5275."""
     tokens = np.repeat([[2.0], [3.0], [5.0]], 41, axis=1)
     measured = ratio(tokens, np.ones((3, 41)))
+    half = 4.302653 * 1.527525 / np.sqrt(3)
     assert measured.value == pytest.approx(10 / 3)
-    assert measured.low == pytest.approx(2, abs=0.5)
-    assert measured.high == pytest.approx(5, abs=0.5)
+    assert (measured.low, measured.high) == pytest.approx((10 / 3 - half, 10 / 3 + half))
     assert measured.n == 41
 
 
-def test_two_way_bootstrap_equals_its_definition():
+@pytest.mark.parametrize("num_seeds", [2, 3, 5])
+@pytest.mark.parametrize("between", [0.0, 0.02, 0.3])
+def test_interval_over_seeds_covers_the_truth_about_95_times_in_100(num_seeds, between):
+    """Whether the seeds differ by nothing, about as much as the prompts do, or by far more."""
+    rng = np.random.default_rng(7)
+    covered = 0
+    for _ in range(400):
+        calls = np.tile(rng.integers(3, 11, 61), (num_seeds, 1))
+        hardness = rng.normal(0, 0.1, 61)
+        truth = 3.0 + rng.normal(0, between, (num_seeds, 1))
+        tokens = (truth + hardness) * calls + rng.normal(0, 0.1, calls.shape)
+        measured = ratio(tokens, calls, Bootstrap(draws=300))
+        covered += measured.low <= 3.0 <= measured.high
+    assert 0.92 * 400 <= covered <= 0.99 * 400
+
+
+def test_seeds_that_agree_widen_nothing():
+    tokens, calls = np.array([4.0, 9.0, 8.0, 1.0]), np.array([2.0, 3.0, 4.0, 1.0])
+    once, thrice = ratio(tokens, calls), ratio(np.tile(tokens, (3, 1)), np.tile(calls, (3, 1)))
+    assert (once.value, once.low, once.high) == pytest.approx(
+        (thrice.value, thrice.low, thrice.high)
+    )
+
+
+def test_an_interval_over_seeds_is_as_skewed_as_that_over_prompts():
+    tokens = np.array([1.0, 1.0, 1.0, 1.0, 1.0, 30.0])
+    once = ratio(tokens, np.ones(6))
+    several = ratio(np.stack([tokens, 1.1 * tokens, 0.9 * tokens]), np.ones((3, 6)))
+    skew = (once.high - once.value) / (once.value - once.low)
+    assert skew > 1.3
+    assert (several.high - several.value) / (several.value - several.low) == pytest.approx(skew)
+    assert several.high - several.low > once.high - once.low
+
+
+def test_bootstrap_equals_its_definition():
     table = np.random.default_rng(5).uniform(size=(3, 7))
-    draws = Bootstrap(draws=11, seed=2)
-    rng = np.random.default_rng(2)
-    prompts = rng.multinomial(7, np.full(7, 1 / 7), 11)
-    seeds = rng.multinomial(3, np.full(3, 1 / 3), 11)
-    expected = [
-        sum(seeds[d, s] * prompts[d, p] * table[s, p] for s in range(3) for p in range(7))
-        for d in range(11)
-    ]
-    np.testing.assert_allclose(draws.totals(table), expected, rtol=1e-12)
+    prompts = np.random.default_rng(2).multinomial(7, np.full(7, 1 / 7), 11)
+    expected = [sum(prompts[d, p] * table[:, p].sum() for p in range(7)) for d in range(11)]
+    np.testing.assert_allclose(Bootstrap(draws=11, seed=2).totals(table), expected, rtol=1e-12)
 
 
 def test_one_seed_broadcasts_against_many():

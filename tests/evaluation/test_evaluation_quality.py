@@ -53,6 +53,29 @@ def test_rouge_agrees_with_t5(shared_data, kind, mean):
     assert measured.n == 1000
 
 
+@pytest.mark.parametrize("metric", ["bleu", "rouge2", "exact_match_number"])
+def test_texts_without_references_have_no_quality(metric):
+    """Which is not a quality of 0."""
+    assert quality(metric, ["a", "b"], ["", " "]) is None
+    with pytest.raises(UserError, match=r"2 of 3 references are empty, the first is number 1;"):
+        quality(metric, ["a", "b", "c"], ["#### 1", "", ""])
+
+
+def test_all_right_in_every_seed_is_as_sure_as_in_one():
+    one = quality("exact_match_number", ["#### 1"] * 10, ["#### 1"] * 10)
+    three = pooled_quality("exact_match_number", [["#### 1"] * 10] * 3, ["#### 1"] * 10)
+    assert (one.value, one.low, one.high) == (three.value, three.low, three.high)
+    assert one.low == pytest.approx(69.15, abs=0.01)
+
+
+def test_percents_end_at_a_hundred():
+    """Student's interval of three seeds would go on."""
+    texts = [["#### 1"] * 10, ["#### 1"] * 10, ["#### 1"] * 9 + ["#### 2"]]
+    measured = pooled_quality("exact_match_number", texts, ["#### 1"] * 10)
+    assert measured.value == pytest.approx(290 / 3)
+    assert measured.low < 96 < measured.high == 100
+
+
 def test_rouge_two_by_hand():
     # bigrams: the cat, cat sat | the cat, cat ran: one of two on either side
     assert quality("rouge2", ["the cat sat"], ["the cat ran"]).value == pytest.approx(50)

@@ -153,6 +153,7 @@ def test_the_folder_of_a_byt5_is_a_tokenizer(tmp_path):
         (from_to("cpu_draft", "x", decoder_layers="3"), "must be numbers in order within 0 and 0"),
         (from_to("cpu_draft", "x", tokenizer="nowhere"), "nowhere"),
         (from_to("lm1b_33m", "x"), "decoder-only"),
+        (from_to("cpu_draft", "x", fresh=-1), "--fresh is -1, must be within 0"),
     ],
 )
 def test_bad_input_writes_nothing(tmp_path, monkeypatch, run, values, message):

@@ -1,6 +1,7 @@
 """The door: configs become dataclasses, and bad input becomes one sentence and exit code 2."""
 
 import dataclasses
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,8 @@ def test_a_section_left_out_is_the_default():
         ({"steps": 3, "flag": 1}, r"'config\.flag' is 1, must be bool"),
         ({"steps": 3, "inner": 5}, r"'config\.inner' is 5, must be a section"),
         ({"steps": 3, "inner": {"rate": "fast"}}, r"'config\.inner\.rate' is 'fast'"),
+        ({"steps": 3, "inner": {"rate": float("nan")}}, r"inner\.rate' is nan, must be a finite n"),
+        ({"steps": 3, "pair": (1, float("inf"))}, r"'config\.pair\[1\]' is inf, must be a finite"),
         ({"steps": 3, "inner": {"sizes": (1, "x")}}, r"'config\.inner\.sizes\[1\]' is 'x'"),
         ({"steps": 3, "inner": {"limit": "x"}}, r"'config\.inner\.limit' is 'x', must be int"),
         ({"steps": 3, "pair": (1, 2, 3)}, r"'config\.pair' is \(1, 2, 3\)"),
@@ -209,6 +212,20 @@ def test_a_file_that_is_no_python_is_told(call, tmp_path):
             OSError(30, "Read-only file system", "/x"),
             "error: Read-only file system: /x; allow access or choose another place\n",
         ),
+        (
+            NotADirectoryError(20, "Not a directory", "/x/y"),
+            "error: Not a directory: /x/y; give the path of a folder or choose another place\n",
+        ),
+        (
+            MemoryError("74.5 GiB"),
+            "error: this does not fit into memory (74.5 GiB); --plan says what is needed and which "
+            "option makes it less\n",
+        ),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.\nmore"),
+            "error: this does not fit into memory (RESOURCE_EXHAUSTED: Out of memory.); --plan "
+            "says what is needed and which option makes it less\n",
+        ),
     ],
 )
 def test_errors_of_main_are_one_sentence_and_code_2(call, tmp_path, error, words):
@@ -228,6 +245,12 @@ def test_faults_of_the_program_keep_their_traceback(tmp_path):
         door._or_exit(lambda: 1 // 0)
     with pytest.raises(FileNotFoundError):
         door._or_exit(lambda: (tmp_path / "x").read_text())
+
+    def fail():
+        raise jax.errors.JaxRuntimeError("INTERNAL: no")
+
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        door._or_exit(fail)
 
 
 def test_compilation_cache_is_below_the_users_cache_folder(tmp_path, monkeypatch):
@@ -252,3 +275,75 @@ def test_a_real_process_leaves_with_code_2(tmp_path):
         2,
         "error: there is no config file nowhere.py (--config)\n",
     )
+
+
+INTERRUPTED = """
+import gc, sys, time
+from experiments import door
+from experiments.report import ReportConfig
+
+class Swallows:
+    def __del__(self):  # as a callback of a library, which drops what is raised in it
+        try:
+            print("ready", flush=True)
+            time.sleep(60)
+        except BaseException:
+            print("dropped", flush=True)
+
+def main(config, workdir):
+    Swallows()
+    print("went on", flush=True)
+
+door.run(main, ReportConfig, plan=None)
+"""
+
+
+def test_ctrl_c_stops_wherever_it_comes(tmp_path):
+    job = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, f"--workdir={tmp_path}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert job.stdout.readline() == "ready\n"
+    job.send_signal(signal.SIGINT)
+    out, err = job.communicate(timeout=30)
+    assert (job.returncode, out) == (door.INTERRUPTED, "")
+    assert err == "\nstopped; the same command goes on or starts again\n"
+
+
+def test_ctrl_c_may_end_a_wait_alone():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), door.raising_ctrl_c():
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_lists_flags_keys_and_defaults(call, flag):
+    code, out, err = call(flag)
+    assert (code, err) == (0, "")
+    for line in (
+        "  --config: path of the config file",
+        "  --device_memory_gib: memory of a device: says whether the plan fits",
+        "  --config.steps: int",
+        "  --config.inner.name: str = 'of the outer'",
+        "  --config.inner.limit: int | None = None",
+        "  --config.pair: tuple[int, float] = (1, 2.0)",
+    ):
+        assert line in out.splitlines()
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted(p.stem for p in (ROOT / "experiments").glob("*.py") if "    door.run" in p.read_text()),
+)
+def test_every_entrypoint_has_help(name):
+    """Its words, with the lines as they are written."""
+    command = [sys.executable, "-m", f"experiments.{name}", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"    python -m experiments.{name}" in done.stdout
+    assert "         --" not in done.stdout
+    assert "  --plan: " in done.stdout

@@ -214,6 +214,7 @@ def test_a_mesh_that_does_not_divide_the_heads_is_refused(config):
 
 def test_finetuning_can_be_planned(config, models, capsys):
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(parts.TrainingConfig)}
+    del fields["loop"]  # whose best metric is of distillation
     config = finetune.FinetuneConfig(**fields, model=str(models / "draft"))
     plan = planning.planner(finetune.prepare, planning.validation)
     assert plan(config, 1.0) is None
@@ -228,6 +229,7 @@ def test_finetuning_can_be_planned(config, models, capsys):
 def test_validation_is_planned_as_it_runs(short, models, monkeypatch, place):
     """Its parts, the chunks of logits included, and the answers."""
     fields = {f.name: getattr(short, f.name) for f in dataclasses.fields(parts.TrainingConfig)}
+    del fields["loop"]  # whose best metric is of distillation
     fields |= {"batch_size": 6, "loss_chunk": 4, "mesh": MeshConfig(2, 1, 1)}
     config = finetune.FinetuneConfig(**fields, model=str(models / "draft"), decode_prompts=3)
     layout, task = parts.open_layout(config), load_task(config.task)

@@ -267,6 +267,14 @@ def test_few_ends_are_warned_of():
     assert distill._notice({}) is None
 
 
+def test_a_run_that_is_all_warm_up_is_warned_of(run):
+    code, out, err = run("finetune", optimizer__warmup_steps=9, steps=2)
+    assert code is None, err
+    assert "warning: config.optimizer.warmup_steps is 9: the run of 2 steps ends before" in out
+    out = run("finetune", workdir="other", optimizer__warmup_steps=1, steps=2)[1]
+    assert "warning" not in out
+
+
 def bad_line(folder, line):
     good = (folder / "train.jsonl").read_text().splitlines()
     path = folder / "bad.jsonl"
@@ -340,6 +348,9 @@ def refused(result, words):
         ("distill", {"recipe": {"name": "adaspec"}}, "needs config.reference"),
         ("distill", {"recipe": {"name": "sft"}, "task__target_field": ""}, "no references"),
         ("distill", {"decoder__gamma": 0}, "decoder.gamma is 0"),
+        ("distill", {"loop__best_metric": "loss"}, "unknown metric 'loss' in config.loop.best_me"),
+        ("distill", {"loop__best_metric": "block_efficiency_t0_ci95"}, "unknown metric 'block_eff"),
+        ("finetune", {"loop__best_metric": "quality"}, "unknown metric 'quality'"),
         ("distill", {"decoder__temperatures": ()}, "decoder.temperatures"),
     ],
 )

@@ -119,11 +119,20 @@ def test_a_file_is_no_folder(tmp_path):
         start(tmp_path / "file")
 
 
-def test_a_broken_config_json_is_told(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"steps": ', r"config\.json is not JSON"),
+        (b"\xff\xfe\x00", r"config\.json is not JSON"),
+        (b"[]", r"config\.json holds no JSON object"),
+    ],
+)
+def test_a_broken_config_json_is_told(tmp_path, content, words):
     started(tmp_path)
-    (tmp_path / "config.json").write_text('{"steps": ')
-    with pytest.raises(UserError, match=r"config\.json is not JSON"):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=words):
         start(tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == content
 
 
 def test_a_second_job_is_refused_until_the_first_ends(tmp_path):

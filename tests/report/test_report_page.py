@@ -1,6 +1,7 @@
 """Tables, figures and the page: every number where it belongs, nothing from elsewhere."""
 
 import base64
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -65,10 +66,23 @@ def test_figures_of_a_row():
 
 def test_tables_escape_in_both_languages():
     table = Table("t", ["a|b", "<i>"], [["x|y", "<script>"]], numbers=frozenset({1}))
-    markdown = "## t\n\n| a\\|b | <i> |\n| --- | ---: |\n| x\\|y | <script> |\n"
+    markdown = "## t\n\n| a\\|b | &lt;i&gt; |\n| --- | ---: |\n| x\\|y | &lt;script&gt; |\n"
     assert table.markdown() == markdown
     assert "<script>" not in table.html()
     assert '<td class="number">&lt;script&gt;</td>' in table.html()
+
+
+@pytest.mark.parametrize(
+    ("name", "cell"),
+    [
+        ("two\nlines\r\nor three", "two lines or three"),
+        ("<img src=x>", "&lt;img src=x&gt;"),
+        ("&lt;", "&amp;lt;"),
+        ("a\\|b", "a\\\\\\|b"),
+    ],
+)
+def test_a_name_is_one_cell_of_plain_markdown(name, cell):
+    assert Table("t", ["a", "b"], [[name, "1"]]).markdown().splitlines()[4] == f"| {cell} | 1 |"
 
 
 def test_drafts_table_has_one_row_per_setting(evaluation):
@@ -78,6 +92,41 @@ def test_drafts_table_has_one_row_per_setting(evaluation):
     assert table.rows[0][4] == "0.700 [0.690, 0.710]"
     assert table.header[-1] == "exact match number"
     assert all(len(row) == len(table.header) for row in table.rows)
+
+
+def test_drafts_table_has_no_column_for_a_task_without_a_metric(runs_folder):
+    def take_the_metric(summary):
+        for row in summary["pooled"]:
+            row["quality_metric"] = "none"
+            del row["quality"]
+
+    table = drafts_table(change(runs_folder, ".", take_the_metric)[0])
+    assert table.header[-1] == "i.i.d."
+    assert all(len(row) == len(table.header) for row in table.rows)
+    assert "percent" not in table.note
+
+
+def test_drafts_table_says_over_what_its_intervals_are(runs_folder, evaluation):
+    def leave_one_seed(summary):
+        for row in summary["pooled"]:
+            row["seeds"] = [0]
+
+    assert "intervals over prompts and seeds." in drafts_table(evaluation).note
+    one = drafts_table(change(runs_folder, ".", leave_one_seed)[0])
+    assert "intervals by bootstrap over prompts; one seed." in one.note
+
+
+def test_drafts_table_tells_of_texts_that_the_limit_cuts(evaluation):
+    assert "Where the length limit cuts a text" in drafts_table(evaluation).note
+
+
+def test_drafts_table_tells_the_draft_s_own_sampling(runs_folder, evaluation):
+    assert "its own" not in drafts_table(evaluation).note
+    config = json.loads((runs_folder / "config.json").read_text())
+    config |= {"draft_temperature": 0.7, "draft_top_k": None, "draft_top_p": 0.9}
+    (runs_folder / "config.json").write_text(json.dumps(config))
+    note = drafts_table(find_runs(runs_folder)[0]).note
+    assert note.endswith("The draft samples with its own temperature 0.7, top_p 0.9.")
 
 
 def test_another_timed_batch_adds_a_row_of_speed_only(runs_folder, evaluation):
@@ -117,8 +166,17 @@ def test_gains_say_at_which_gamma(evaluation):
 def test_training_table(runs):
     rows = training_table([run for run in runs if run.is_training]).rows
     assert rows[1] == [
-        *("distilled", "distill", "distillspec", "0", "1000", "900", "62", "0.0750"),
+        *("distilled", "distill", "distillspec", "0", "1000", "900", "62", "0.075"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("loss", "text"), [(1.5551e-05, "1.56e-05"), (-2.04e-05, "-2.04e-05"), (7.1364, "7.14")]
+)
+def test_training_table_shows_a_small_loss(runs, loss, text):
+    records = [{"kind": "train", "step": 1, "loss": loss}]
+    [row] = training_table([dataclasses.replace(runs[1], records=records)]).rows
+    assert row[-1] == text
 
 
 def test_tables_without_rows_are_left_out(runs_folder):
@@ -160,6 +218,29 @@ def test_an_evaluation_without_a_lossless_setting_has_tables_and_no_headline(run
     text = page("x", [evaluation], tables_of([evaluation]), svgs)
     assert "distilled, lenience 0.5" in text
     assert "no lossless setting was measured" in text
+
+
+EXACT = "exactly what the target alone would have written"
+
+
+def test_the_page_claims_of_lossless_runs_that_the_text_is_the_target_s(text):
+    assert f"The text is {EXACT}" in text
+
+
+def test_the_page_claims_nothing_of_runs_that_gave_the_law_up(runs_folder):
+    runs = change(runs_folder, ".", give_the_law_up)
+    assert EXACT not in page("x", runs, tables_of(runs), {})
+    assert EXACT not in page("x", runs[1:], [], {})  # no evaluation at all
+
+
+def test_the_page_claims_it_of_the_lossless_rows_where_others_are_not(runs_folder):
+    def give_it_up_once(summary):
+        summary["pooled"].append(summary["pooled"][-1] | {"lenience": 0.5, "lossless": False})
+
+    runs = change(runs_folder, ".", give_it_up_once)
+    found = page("x", runs, tables_of(runs), {})
+    assert f"In rows without a lenience the text is {EXACT}" in found
+    assert f"The text is {EXACT}" not in found
 
 
 def test_nothing_is_written_where_something_cannot_be_drawn(runs_folder, monkeypatch):

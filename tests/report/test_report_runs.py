@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from distillspec_jax.distill.recipes import RECIPES
 from distillspec_jax.errors import UserError
-from distillspec_jax.report.runs import find_runs
+from distillspec_jax.report.runs import Run, find_runs
 
 
 def test_runs_are_found_below_the_folder(runs_folder):
@@ -58,6 +59,80 @@ def test_a_broken_line_is_named(runs_folder):
     metrics.write_text("[1, 2]\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 1 is not a JSON object"):
         find_runs(runs_folder)
+
+
+def test_a_last_line_cut_short_is_skipped_and_told_once(runs_folder, capsys):
+    metrics = runs_folder / "control" / "metrics.jsonl"
+    whole = find_runs(runs_folder)[1].records
+    metrics.write_text(metrics.read_text()[:-20])
+    assert find_runs(runs_folder)[1].records == whole[:-1]
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 1
+    assert f"the last line of {metrics} is unfinished" in warnings[0]
+
+
+def test_a_whole_last_line_counts_without_a_line_break(runs_folder, capsys):
+    metrics = runs_folder / "control" / "metrics.jsonl"
+    whole = find_runs(runs_folder)[1].records
+    metrics.write_text(metrics.read_text().rstrip("\n"))
+    assert find_runs(runs_folder)[1].records == whole
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("content", [b"// not JSON", b"\xff\xfe{", b"[1]"])
+def test_a_config_that_is_no_run_s_is_skipped_with_a_word(runs_folder, capsys, content):
+    (runs_folder / "hub").mkdir()
+    (runs_folder / "hub" / "config.json").write_bytes(content)
+    (runs_folder / "other" / "config.json").mkdir(parents=True)  # a folder of that name
+    assert [run.name for run in find_runs(runs_folder)] == ["quickstart", "control", "distilled"]
+    [warning] = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: {runs_folder}/hub/config.json is not ")
+    assert "skipped" in warning
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json", "metrics.jsonl"])
+def test_a_run_s_file_that_is_not_utf8_is_named(runs_folder, name):
+    (runs_folder / "control" / name).write_bytes(b'{"experiment": "\xff"}\n')
+    with pytest.raises(UserError, match=f"control/{name} is not UTF-8 text: invalid start byte"):
+        find_runs(runs_folder)
+
+
+@pytest.mark.parametrize(
+    ("action", "words"),
+    [
+        (lambda summary: summary.pop("gains"), "no rows in 'gains'"),
+        (lambda summary: summary.update(gains=None), "no rows in 'gains'"),
+        (lambda summary: summary["pooled"].clear(), "no rows in 'pooled'"),
+        (lambda summary: summary["pooled"].append(3), "a row in 'pooled' without 'name'"),
+        (lambda summary: summary["pooled"][2].pop("seeds"), "a row in 'pooled' without 'seeds'"),
+        (lambda summary: summary["gains"][0].pop("over"), "a row in 'gains' without 'over'"),
+    ],
+)
+def test_an_evaluation_without_its_rows_is_named(runs_folder, action, words):
+    path = runs_folder / "summary.json"
+    summary = json.loads(path.read_text())
+    action(summary)
+    path.write_text(json.dumps(summary))
+    with pytest.raises(UserError, match=words) as error:
+        find_runs(runs_folder)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_kind_of_a_recipe_s_loss(name):
+    expected = "divergence" if RECIPES[name].needs_target_scores else "likelihood"
+    assert loss_kind(recipe={"name": name, "loss": None}) == expected
+    assert loss_kind(recipe={"name": name}) == expected
+
+
+def test_the_kind_of_a_changed_loss_and_of_fine_tuning():
+    assert loss_kind(recipe={"name": "sft", "loss": "tvd"}) == "divergence"
+    assert loss_kind(recipe={"name": "distillspec", "loss": "nll"}) == "likelihood"
+    assert loss_kind(experiment="finetune") == "likelihood"
+
+
+def loss_kind(**config):
+    return Run("x", None, config, [], {}).loss_kind
 
 
 def test_refusals(tmp_path):

@@ -1,4 +1,4 @@
-"""Decoding beside Hugging Face; `decode.py:fast` is a minute of it, with small models.
+r"""Decoding beside Hugging Face; `decode.py:fast` is a minute of it, with small models.
 
 `decode.py:accelerator` is for a GPU or TPU: T5 1.1 XL and XXL with fresh weights in bfloat16 (6 and
 22 GB), alone and drafted by T5 1.1 small, as shares of the memory's bandwidth.

@@ -1,4 +1,4 @@
-"""Distillation beside TRL and torch; `distill.py:fast` is a minute of it, with tiny models.
+r"""Distillation beside TRL and torch; `distill.py:fast` is a minute of it, with tiny models.
 
 `distill.py:accelerator` is for an H100: score and update of T5 1.1 XL and small in bfloat16, as a
 share of the 989 TFLOP/s of its data sheet (another device: --config.distill.peak_teraflops, or 0

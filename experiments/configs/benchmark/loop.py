@@ -1,4 +1,4 @@
-"""What the training loop costs beside the compiled step, at the quickstart's sizes.
+r"""What the training loop costs beside the compiled step, at the quickstart's sizes.
 
     python -m experiments.benchmark --config=experiments/configs/benchmark/loop.py \
         --workdir=runs/loop

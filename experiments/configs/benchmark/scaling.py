@@ -1,4 +1,4 @@
-"""Weak scaling by the compiler, from 1 to 64 virtual devices.
+r"""Weak scaling by the compiler, from 1 to 64 virtual devices.
 
     python -m experiments.benchmark --config=experiments/configs/benchmark/scaling.py \
         --workdir=runs/scaling
