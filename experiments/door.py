@@ -361,7 +361,12 @@ def to_dataclass(cls: type[C], values: Mapping[str, Any], where: str, base: Any 
             raise UserError(f"config key '{key}' is missing; it has no default")
         else:
             arguments[field.name] = default
-    return cls(**arguments)
+    try:
+        return cls(**arguments)
+    except UserError as error:  # which does not know where its class stands in the config
+        if where == "config" or where in str(error):
+            raise
+        raise UserError(f"{error} ({where})") from None
 
 
 def _convert(hint: Any, value: Any, key: str, default: Any = None) -> Any:

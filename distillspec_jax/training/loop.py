@@ -201,6 +201,7 @@ class _Loop:
         self._hooks = hooks
         self._pending: _Pending | None = None
         self._has_compiled = False
+        self._is_warned = False
         self._clock = time.perf_counter()
 
     @property
@@ -300,14 +301,15 @@ class _Loop:
             values["learning_rate"] = float(self._hooks.learning_rate(step - 1))
         self._writer.write("train", step, values)
         line = self._hooks.notice(values) if self._hooks.notice else None
-        if line:
+        if line and not self._is_warned:  # once, until it was well again
             self._progress.say(f"step {step}: {line}")
+        self._is_warned = bool(line)
 
     def _status(self, metrics: Mapping[str, Any]) -> str:
         parts = []
         if "loss" in metrics:
             total, count = metrics["loss"]
-            parts.append(f"loss {total / max(count, 1.0):.4f}")
+            parts.append(f"loss {total / max(count, 1.0):.4g}")
         if self.memory.window_tokens:
             rate = self.memory.window_tokens / self.memory.window_seconds
             parts.append(f"{rate:,.0f} tokens/s")

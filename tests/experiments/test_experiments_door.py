@@ -11,7 +11,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from distillspec_jax.errors import UserError
+from distillspec_jax.training.optimizers import OptimizerConfig
 from experiments import door
+from experiments.decoder import DecodeConfig
 from experiments.workdir import Workdir
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +50,21 @@ def test_nested_values_lists_and_defaults():
 
 def test_a_section_left_out_is_the_default():
     assert convert(steps=3).inner == Inner(name="of the outer")
+
+
+def test_what_a_section_refuses_is_told_with_the_section():
+    for values, words in (
+        ({"learning_rate": -1.0}, r"learning_rate is -1.0, must be above 0 \(config.optimizer\)"),
+        (
+            {"name": "adam"},
+            r"unknown optimizer 'adam'; .*'adamw'.* \(config.optimizer\)",
+        ),
+    ):
+        with pytest.raises(UserError, match=words):
+            door.to_dataclass(OptimizerConfig, values, "config.optimizer")
+    given = {"target": "a", "max_new_tokens": 0}
+    with pytest.raises(UserError, match=r"must be at least 1$"):
+        door.to_dataclass(DecodeConfig, given, "config")
 
 
 @pytest.mark.parametrize(
@@ -279,7 +296,9 @@ def test_a_real_process_leaves_with_code_2(tmp_path):
 
 INTERRUPTED = """
 import gc, sys, time
+from distillspec_jax.training.optimizers import OptimizerConfig
 from experiments import door
+from experiments.decoder import DecodeConfig
 from experiments.report import ReportConfig
 
 class Swallows:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 
 import jax
@@ -271,13 +272,13 @@ def test_many_bad_gradients_in_a_row_stop_and_say_where(make_toy):
             toy.run(max_skipped=3, save_every=9)
 
 
-def test_notices_are_said(make_toy, capsys):
-    toy = make_toy()
-    toy.notice = lambda figures: "too long" if figures["target_length"] > 2 else None
-    toy.run(steps=4, evaluate=False)
-    said = capsys.readouterr().err
-    assert "step 3: too long" in said
-    assert "step 4: too long" in said  # what is left when a run ends
+def test_notices_are_said_once_until_it_was_well_again(make_toy, capsys):
+    """The records are of steps 3, 6, 9, 12 and of what is left when the run ends."""
+    toy, notices = make_toy(), iter(["bad", "bad", None, "bad", "worse"])
+    toy.notice = lambda figures: next(notices)
+    toy.run(steps=14, evaluate=False)
+    assert re.findall(r"step \d+: \w+", capsys.readouterr().err) == ["step 3: bad", "step 12: bad"]
+    assert next(notices, "none is left") == "none is left"
 
 
 def test_end_of_data_is_told(make_toy):
