@@ -14,7 +14,7 @@ from rich.text import Text
 
 from distillspec_jax.data import pipeline
 from distillspec_jax.data.examples import Example, Examples
-from distillspec_jax.data.jsonl import JsonlExamples
+from distillspec_jax.data.jsonl import JsonlExamples, numbered_lines
 from distillspec_jax.data.vocabulary import Vocabulary, load_vocabulary
 from distillspec_jax.decoding.autoregressive import Generation, autoregressive_sample
 from distillspec_jax.decoding.block_length import BlockLength
@@ -32,7 +32,7 @@ from distillspec_jax.decoding.verification import RULES
 from distillspec_jax.errors import UserError, unknown_name
 from distillspec_jax.evaluation.corpus import OnRows, over_batches
 from distillspec_jax.models.config import check_dtype
-from experiments.bench import DraftSampling, Loaded, check_meeting, load
+from experiments.bench import DraftSampling, Loaded, check_meeting, check_seeds, load
 
 ORIGINS = {ACCEPTED: "accepted", CORRECTED: "corrected", BONUS: "bonus"}
 STYLES = {ACCEPTED: "green", CORRECTED: "bold red", BONUS: "bold blue"}
@@ -73,6 +73,7 @@ class DecodeConfig(DraftSampling):
         if self.verification not in RULES:
             raise unknown_name("verification rule", self.verification, RULES, "config.verification")
         check_dtype(self.compute_dtype, "config.compute_dtype")
+        check_seeds("config.seed", self.seed)
         if self.prompts and self.prompt:
             raise UserError("prompts come from a file or from flags: give --prompts or --prompt")
 
@@ -107,12 +108,9 @@ def read_prompts(config: DecodeConfig) -> Examples | None:
     if Path(path).suffix in (".jsonl", ".json"):
         fields = {"input_field": config.input_field, "target_field": ""}
         return JsonlExamples(path, prefix=prefix, **fields)
-    try:
-        return Lines(Path(path).read_text("utf-8").splitlines(), path, prefix)
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"there is no file of prompts '{path}'") from None
-    except UnicodeDecodeError:
-        raise UserError(f"'{path}' is not valid UTF-8") from None
+    if not Path(path).exists() or Path(path).is_dir():
+        raise UserError(f"there is no file of prompts '{path}'")
+    return Lines([line for _, line in numbered_lines(path)], path, prefix)
 
 
 @dataclasses.dataclass(frozen=True)

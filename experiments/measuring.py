@@ -72,9 +72,8 @@ def measure(bench: Bench) -> Results:
     sizes = bench.config.timed_batch_sizes
     timed = sizes if bench.config.timed_prompts else ()
     costs = {size: _costs(bench, size) for size in timed or sizes[:1]}
-    first = costs[sizes[0]]  # of the size that gamma is chosen for
     chosen, records = (
-        _tune(bench, bench.tuning_prompts, first) if bench.tuning_prompts else ({}, [])
+        _tune(bench, bench.tuning_prompts, costs) if bench.tuning_prompts else ({}, [])
     )
     settings = _settings(bench, chosen)
     measured, along = _decode(bench, settings)
@@ -89,14 +88,17 @@ def measure(bench: Bench) -> Results:
     drafts = [{**row, "seed": row["seeds"][0]} for row in drafts]
     gains = _gains_in_tau(bench, measured)
     if chosen and clocks:
-        gains += _gains_in_speed(bench, chosen, clocks[sizes[0]])
+        for size, clock in clocks.items():
+            of_size = {key[:2]: gamma for key, gamma in chosen.items() if key[2] == size}
+            speeds = _gains_in_speed(bench, of_size, clock)
+            gains += [{**gain, "batch_size": size} for gain in speeds]
     if bench.config.has_whole_blocks:
-        records += _curves(bench, along, first)
+        records += _curves(bench, along, costs[sizes[0]])
     records += [{"kind": "draft", **row} for row in drafts]
     return Results(drafts, pooled, gains, records)
 
 
-def _settings(bench: Bench, chosen: Mapping[tuple[str, float], int]) -> list[Setting]:
+def _settings(bench: Bench, chosen: Mapping[TunedFor, int]) -> list[Setting]:
     """The grid in the order of the rows: temperature, gamma, lenience, name."""
     config = bench.config
     settings: dict[Setting, None] = {}  # a set that keeps the order
@@ -115,6 +117,7 @@ def _settings(bench: Bench, chosen: Mapping[tuple[str, float], int]) -> list[Set
 
 
 Costs = Mapping[str, latency.StepCosts]  # by name of draft
+TunedFor = tuple[str, float, int]  # name, temperature, batch size
 
 
 def _costs(bench: Bench, batch_size: int) -> Costs:
@@ -136,11 +139,11 @@ def _shape(draft: Draft) -> Any:
 
 
 def _tune(
-    bench: Bench, prompts: Prompts, costs: Costs
-) -> tuple[dict[tuple[str, float], int], list[Row]]:
-    """The gamma of highest predicted speed by (name, temperature), on the tuning split."""
+    bench: Bench, prompts: Prompts, costs: Mapping[int, Costs]
+) -> tuple[dict[TunedFor, int], list[Row]]:
+    """The gamma of highest predicted speed, on the tuning split: more rows want shorter blocks."""
     config = bench.config
-    chosen: dict[tuple[str, float], int] = {}
+    chosen: dict[TunedFor, int] = {}
     records: list[Row] = []
     runs = len(config.temperatures) * (1 + len(bench.drafts))
     with Progress("tune", runs * len(prompts.row_ids), unit="prompt") as progress:
@@ -149,15 +152,18 @@ def _tune(
             texts = runner.plain(prompts, temperature)
             for name in bench.names:
                 scored = [runner.along(prompts, d, temperature, texts) for d in bench.seeds(name)]
-                curve = {g: _prediction(scored, g, costs[name]) for g in config.gamma_grid}
-                best = tune(
-                    {gamma: row["block_efficiency_path"] for gamma, row in curve.items()},
-                    costs[name].cost_ratio,
-                    {gamma: row["verification_cost"] for gamma, row in curve.items()},
-                ).gamma
-                chosen[name, temperature] = best
-                about = {"kind": "tune", "name": name, "temperature": temperature}
-                records += [{**about, **row, "chosen": g == best} for g, row in curve.items()]
+                for size, of_size in costs.items():
+                    steps = of_size[name]
+                    curve = {g: _prediction(scored, g, steps) for g in config.gamma_grid}
+                    best = tune(
+                        {gamma: row["block_efficiency_path"] for gamma, row in curve.items()},
+                        steps.cost_ratio,
+                        {gamma: row["verification_cost"] for gamma, row in curve.items()},
+                    ).gamma
+                    chosen[name, temperature, size] = best
+                    about = {"kind": "tune", "name": name, "temperature": temperature}
+                    about |= {"batch_size": size}
+                    records += [{**about, **row, "chosen": g == best} for g, row in curve.items()]
     return chosen, records
 
 

@@ -33,11 +33,11 @@ class JsonlExamples(Examples):
         self.path = path
         self._lines: list[int] = []
         self._examples: list[Example] = []
-        for number, line in _numbered_lines(path):
+        for number, line in numbered_lines(path):
             if line.strip():
-                record = _record(path, number, line)
-                source = prefix + _text(path, number, record, input_field)
-                target = _text(path, number, record, target_field) if target_field else ""
+                record = read_record(path, number, line)
+                source = prefix + read_text(path, number, record, input_field)
+                target = read_text(path, number, record, target_field) if target_field else ""
                 self._examples.append(Example(source, target))
                 self._lines.append(number)
         if not self._examples:
@@ -53,7 +53,15 @@ class JsonlExamples(Examples):
         return f"{self.path}:{self._lines[index]}"
 
 
-def _numbered_lines(path: str | Path) -> list[tuple[int, str]]:
+def numbered_lines(path: str | Path) -> list[tuple[int, str]]:
+    """The lines of a file of UTF-8 with their numbers from 1.
+
+    Only a line feed ends a line: a text may hold U+2028 or a form feed, and a carriage return
+    before the line feed is kept. A byte order mark is no part of the first line.
+
+    Raises:
+      UserError: the file is missing or unreadable, or a line is not UTF-8.
+    """
     try:
         text = Path(path).read_bytes()
     except FileNotFoundError:
@@ -69,18 +77,23 @@ def _numbered_lines(path: str | Path) -> list[tuple[int, str]]:
     return numbered
 
 
-def _record(path: str | Path, number: int, line: str) -> dict:
+def read_record(path: str | Path, number: int, line: str) -> dict:
+    """The object of a line; UserError with path and number if it is none."""
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        what = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-        raise UserError(f"{path}:{number}: not valid JSON ({what})") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{number}: not valid JSON ({error.msg})") from None
+    except RecursionError:
+        raise UserError(f"{path}:{number}: not valid JSON (nested too deeply)") from None
+    except ValueError:  # Python reads no whole number of more than 4,300 digits
+        raise UserError(f"{path}:{number}: not valid JSON (a number is too long)") from None
     if not isinstance(record, dict):
         raise UserError(f"{path}:{number}: not a JSON object but a {type(record).__name__}")
     return record
 
 
-def _text(path: str | Path, number: int, record: dict, field: str) -> str:
+def read_text(path: str | Path, number: int, record: dict, field: str) -> str:
+    """A field's text; UserError if it is missing, empty, or no text."""
     if field not in record:
         found = ", ".join(repr(name) for name in record) or "none"
         raise UserError(f"{path}:{number}: no field '{field}'; the line has {found}")

@@ -8,79 +8,102 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
+from distillspec_jax.data.added_tokens import (
+    AddedToken,
+    ForeignVocabulary,
+    appended,
+    read_object,
+)
 from distillspec_jax.errors import UserError
 
 _SPACE = "▁"
+_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 _MESSAGES: Any = sentencepiece_model_pb2  # made at import, which type checkers cannot see
 
 
-def model_proto(path: str | Path) -> bytes:
-    """The serialised SentencePiece model of a unigram tokenizer.json.
+@dataclasses.dataclass(frozen=True)
+class Spaces:
+    """What is done to a text about its spaces that is no setting of a SentencePiece model.
+
+    Attributes:
+      whitespace: every kind of it is a space, also where the character map leaves it.
+      left, right: whitespace of every kind is taken from this end.
+      first: only the text's first word gets a space in front; the text behind an added token is
+        taken as it is.
+    """
+
+    whitespace: bool = False
+    left: bool = False
+    right: bool = False
+    first: bool = False
+
+
+def read(path: Path) -> tuple[bytes, list[AddedToken], Spaces]:
+    """The serialised SentencePiece model of a unigram tokenizer.json, and what goes beside it.
 
     Raises:
-      UserError: the file cannot be read, is no tokenizer.json, or is of another kind than unigram
-        over Metaspace words.
+      ForeignVocabulary: of another kind than unigram over Metaspace words, or with a part that
+        SentencePiece cannot do.
+      UserError: the file cannot be read, or is no complete tokenizer.json.
     """
-    tokenizer = _read(path)
+    tokenizer = read_object(path)
+    model = tokenizer.get("model")
+    kind = model.get("type") if isinstance(model, dict) else None
+    if kind != "Unigram":
+        raise ForeignVocabulary(
+            f"'{path}' has a model of type {kind}; only Unigram tokenizers, as T5 has, can be read"
+        )
     try:
         return _convert(path, tokenizer)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"'{path}' is not a complete tokenizer.json: {error!r}") from error
 
 
-def _read(path: str | Path) -> dict[str, Any]:
-    try:
-        tokenizer = json.loads(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read '{path}': {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"'{path}' is not valid JSON") from error
-    kind = tokenizer.get("model", {}).get("type") if isinstance(tokenizer, dict) else None
-    if kind != "Unigram":
-        raise UserError(
-            f"'{path}' has a model of type {kind}; only Unigram tokenizers, as T5 has, can be read"
+def _convert(path: Path, tokenizer: dict[str, Any]) -> tuple[bytes, list[AddedToken], Spaces]:
+    model = tokenizer["model"]
+    unknown, scores = model["unk_id"], [float(score) for _, score in model["vocab"]]
+    added = [AddedToken.read(entry, entry["id"]) for entry in tokenizer.get("added_tokens") or ()]
+    pieces = appended(path, [piece for piece, _ in model["vocab"]], added)
+    special = {token.content for token in added if token.special}
+    spelled = set(_BYTES) if model.get("byte_fallback") else set()
+    if not spelled <= set(pieces):
+        raise ForeignVocabulary(
+            f"'{path}' has byte_fallback without a piece for each of the 256 bytes"
         )
-    return tokenizer
-
-
-def _convert(path: str | Path, tokenizer: dict[str, Any]) -> bytes:
-    unknown = tokenizer["model"]["unk_id"]
-    pieces = [(piece, float(score)) for piece, score in tokenizer["model"]["vocab"]]
-    added = sorted(tokenizer.get("added_tokens", ()), key=lambda token: token["id"])
-    special = {token["content"] for token in added if token["special"]}
-    plain = {token["content"] for token in added} - special
-    for token in added:
-        if token["id"] >= len(pieces):
-            if token["id"] > len(pieces):
-                raise UserError(f"'{path}' has no piece with id {len(pieces)}")
-            pieces.append((token["content"], 0.0))
-        elif pieces[token["id"]][0] != token["content"]:
-            raise UserError(f"'{path}' has two pieces with id {token['id']}")
 
     proto = _MESSAGES.ModelProto()
     kinds = _MESSAGES.ModelProto.SentencePiece
-    for index, (piece, score) in enumerate(pieces):
-        kind = kinds.CONTROL if piece in special else kinds.NORMAL
-        kind = kinds.USER_DEFINED if piece in plain else kind
+    for index, piece in enumerate(pieces):
+        kind = kinds.NORMAL if index < len(scores) else kinds.UNUSED  # decoded, never cut from text
+        kind = kinds.BYTE if piece in spelled else kind
+        kind = kinds.CONTROL if piece in special else kind
         kind = kinds.UNKNOWN if index == unknown else kind
-        proto.pieces.add(piece=piece, score=score, type=kind)
-    names = {piece: index for index, (piece, _) in enumerate(pieces)}
+        proto.pieces.add(piece=piece, score=scores[index] if index < len(scores) else 0, type=kind)
+    names = {piece: index for index, piece in enumerate(pieces)}
     trainer = proto.trainer_spec
     trainer.model_type = _MESSAGES.TrainerSpec.UNIGRAM
     trainer.vocab_size = len(pieces)
-    trainer.unk_id, trainer.unk_piece = unknown, pieces[unknown][0]
+    trainer.byte_fallback = bool(spelled)
+    trainer.unk_id, trainer.unk_piece = unknown, pieces[unknown]
     trainer.pad_id, trainer.eos_id = names.get("<pad>", -1), names.get("</s>", -1)
     trainer.bos_id = -1
-    _normalizer(path, tokenizer, proto.normalizer_spec)
-    return proto.SerializeToString()
+    spaces = _spaces(path, tokenizer, proto.normalizer_spec)
+    if not spaces.whitespace:
+        # The whole text is normalised before these are found: a space before one is not at an end.
+        space = (names.get(_SPACE, unknown),)
+        added = [
+            dataclasses.replace(token, space=space) if token.normalized else token
+            for token in added
+        ]
+    return proto.SerializeToString(), added, spaces
 
 
 def _steps(part: dict[str, Any] | None, field: str) -> list[dict[str, Any]]:
@@ -89,24 +112,47 @@ def _steps(part: dict[str, Any] | None, field: str) -> list[dict[str, Any]]:
     return part[field] if part["type"] == "Sequence" else [part]
 
 
-def _normalizer(path: str | Path, tokenizer: dict[str, Any], spec: Any) -> None:
+def _spaces(path: Path, tokenizer: dict[str, Any], spec: Any) -> Spaces:
     """Character map and treatment of spaces; whatever SentencePiece cannot do is refused."""
     spec.name = "tokenizer.json"
     spec.add_dummy_prefix = spec.remove_extra_whitespaces = spec.escape_whitespaces = True
-    known = ("WhitespaceSplit", "Metaspace")
-    for step in _steps(tokenizer.get("pre_tokenizer"), "pretokenizers"):
-        prepends = step.get("add_prefix_space", True) and step.get("prepend_scheme") != "never"
-        if step["type"] not in known or not prepends or step.get("replacement", _SPACE) != _SPACE:
-            raise UserError(f"'{path}' cuts words in a way that T5 does not: {step}")
+    cuts = _steps(tokenizer.get("pre_tokenizer"), "pretokenizers")
+    order = [step["type"] for step in cuts]
+    if order not in (["WhitespaceSplit", "Metaspace"], ["Metaspace"]):
+        raise ForeignVocabulary(
+            f"'{path}' cuts words in a way that T5 does not: its pre_tokenizer is "
+            f"{' and '.join(order) or 'empty'}, not Metaspace, with or without WhitespaceSplit"
+        )
+    metaspace, whitespace = cuts[-1], len(cuts) > 1
+    scheme = metaspace.get("prepend_scheme", "always")
+    prepends = scheme == "always" or (scheme == "first" and not whitespace)
+    if (
+        not prepends
+        or not metaspace.get("add_prefix_space", True)
+        or metaspace.get("replacement", _SPACE) != _SPACE
+    ):
+        raise ForeignVocabulary(f"'{path}' cuts words in a way that T5 does not: {metaspace}")
+    runs = left = right = False
     for step in _steps(tokenizer.get("normalizer"), "normalizers"):
-        match step["type"]:
-            case "Precompiled":
+        match step:
+            case {"type": "Precompiled", "precompiled_charsmap": charsmap}:
                 try:
-                    charsmap = base64.b64decode(step["precompiled_charsmap"], validate=True)
+                    spec.precompiled_charsmap = base64.b64decode(charsmap, validate=True)
                 except binascii.Error:
                     raise UserError(f"'{path}' has a damaged character map") from None
-                spec.precompiled_charsmap = charsmap
-            case "Replace" | "Strip":  # runs of spaces, and spaces at the ends
-                continue
-            case other:
-                raise UserError(f"'{path}' normalises text by {other}, which T5 does not")
+            case {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " " | "▁"}:
+                runs = True
+            case {"type": "Strip", "strip_left": bool(), "strip_right": bool()}:
+                left, right = left or step["strip_left"], right or step["strip_right"]
+            case {"type": "Precompiled" | "Strip"}:
+                raise KeyError(step["type"])
+            case _:
+                raise ForeignVocabulary(
+                    f"'{path}' normalises text by {step['type']}, which T5 does not: {step!s:.100}"
+                )
+    if not runs and not whitespace:
+        raise ForeignVocabulary(
+            f"'{path}' keeps runs of spaces, which T5 does not: its Metaspace stands without "
+            "WhitespaceSplit and without a normalizer that replaces ' {2,}'"
+        )
+    return Spaces(whitespace, left, right, first=scheme == "first")

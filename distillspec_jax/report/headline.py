@@ -39,7 +39,11 @@ def headlines(run: Run) -> list[Headline]:
         mine = [row for row in rows if row["temperature"] == temperature]
         size = mine[0].get("batch_size")  # to which predictions and gains belong
         timed = [r for r in mine if "speedup_wall_clock" in r and r["batch_size"] == size]
-        gains = [gain for gain in run.summary["gains"] if gain["temperature"] == temperature]
+        gains = [
+            gain
+            for gain in run.summary["gains"]
+            if gain["temperature"] == temperature and gain.get("batch_size", size) == size
+        ]
         fastest = max(timed, key=lambda row: row["speedup_wall_clock"], default=None)
         gamma = mine[0]["gamma"]
         shared = [g for g in gains if g["figure"] != "block_efficiency" or g["gamma"] == gamma]

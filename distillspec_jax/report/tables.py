@@ -184,6 +184,11 @@ def speed_table(evaluation: Run) -> Table:
     )
 
 
+def _of_batch(row: Mapping[str, Any]) -> str:
+    size = row.get("batch_size", 1)
+    return "" if size == 1 else f", batch {size}"
+
+
 def gains_table(evaluation: Run) -> Table:
     """The headline draft over the others, paired by prompt."""
     words = {"block_efficiency": "block efficiency", "tokens_per_second": "tokens per second"}
@@ -196,7 +201,7 @@ def gains_table(evaluation: Run) -> Table:
                 row["over"],
                 f"{row['temperature']:g}",
                 _gammas(row),
-                words.get(row["figure"], row["figure"]),
+                words.get(row["figure"], row["figure"]) + _of_batch(row),
                 figure(row, "gain", 3),
                 {True: "yes", False: "no", None: "-"}[row.get("intervals_apart")],
             ]

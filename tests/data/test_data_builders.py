@@ -9,10 +9,13 @@ import re
 import subprocess
 import sys
 import time
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 
-from distillspec_jax.data.builders import base
+from distillspec_jax.data import jsonl as data_jsonl
+from distillspec_jax.data.builders import base, gsm8k, summaries
 from distillspec_jax.data.builders.arithmetic_stories import ArithmeticStories
 from distillspec_jax.data.builders.bbh import Bbh
 from distillspec_jax.data.builders.gsm8k import Gsm8k
@@ -71,6 +74,19 @@ def test_wmt_must_be_aligned(tmp_path):
         base.prepare(Wmt14Ende, str(tmp_path))
 
 
+def test_only_a_line_feed_ends_a_line_of_wmt(tmp_path):
+    (tmp_path / "src-train.txt").write_bytes(b"\xef\xbb\xbfone\rtwo\r\nthree\n\xe2\x80\xa8four\n")
+    (tmp_path / "tgt-train.txt").write_bytes(b"eins\nzwei\ndrei\rvier")
+    assert read(Wmt14Ende, tmp_path, "train") == [
+        ("one two", "eins"),
+        ("three", "zwei"),
+        ("four", "drei vier"),
+    ]
+    (tmp_path / "tgt-train.txt").write_bytes(b"eins\n\xe9\n")
+    with pytest.raises(UserError, match=r"tgt-train\.txt:2: not valid UTF-8"):
+        base.prepare(Wmt14Ende, str(tmp_path))
+
+
 def test_bbh_has_all_tasks_and_each(tmp_path):
     for name in ("snarks", "navigate"):
         task = {"canary": "x", "examples": [{"input": f"{name}?", "target": "(A)"}] * 2}
@@ -80,9 +96,10 @@ def test_bbh_has_all_tasks_and_each(tmp_path):
 
 
 def test_bbh_refuses_other_json(tmp_path):
-    (tmp_path / "other.json").write_text('{"rows": []}')
-    with pytest.raises(UserError, match=r"other.json' is not a BBH task"):
-        base.prepare(Bbh, str(tmp_path))
+    for content in ('{"rows": []}', "[" * 100_000):
+        (tmp_path / "other.json").write_text(content)
+        with pytest.raises(UserError, match=r"other.json' is not a BBH task"):
+            base.prepare(Bbh, str(tmp_path))
 
 
 def test_specbench_takes_first_turns_by_category(tmp_path):
@@ -95,9 +112,39 @@ def test_specbench_takes_first_turns_by_category(tmp_path):
     assert read(Specbench, tmp_path, "writing") == [("Write.", "")]
 
 
-def test_specbench_names_a_broken_line(tmp_path):
-    jsonl(tmp_path / "question.jsonl", {"category": "qa", "turns": ["Who?"]}, {"category": "qa"})
-    with pytest.raises(UserError, match=r"question.jsonl:2: not a question"):
+def test_specbench_lines_and_references(tmp_path):
+    question = {"category": "qa", "turns": ["Who\u2028is\x85it?"]}
+    references = ["Paris", ["Rome"], [["Bonn", "Berlin"], ["Ulm"]], [], None]
+    rows = [question | {"reference": reference} for reference in references]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path = tmp_path / "question.jsonl"
+    path.write_text("\ufeff" + "\r\n\n".join(lines), "utf-8", newline="")
+    found = read(Specbench, tmp_path, "test")
+    assert [prompt for prompt, _ in found] == ["Who\u2028is\x85it?"] * 5
+    assert [target for _, target in found] == ["Paris", "Rome", "Bonn", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"category": "qa"}', "not a question"),
+        (b'{"category": "qa", "turns": []}', "not a question"),
+        (b'{"category": "qa", "turns": "Who?"}', "not a question"),
+        (b'{"category": "qa", "turns": ["Who?"], "reference": 5}', "not a question"),
+        (b'{"category": "qa", "turns": ["Who?"], "reference": [5]}', "not a question"),
+        (b'{"category": "qa", "turns": [""]}', r"field 'turns\[0\]' is empty"),
+        (b'{"category": "qa", "turns": [5]}', r"field 'turns\[0\]' must be a string, not int"),
+        (b'{"category": 5, "turns": ["Who?"]}', "field 'category' must be a string"),
+        (b'{"turns": ["Who?"]}', "no field 'category'"),
+        (b'{"category": "qa", "turns": ["\xe9"]}', "not valid UTF-8"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"5", "not a JSON object"),
+    ],
+)
+def test_specbench_names_a_broken_line(tmp_path, line, message):
+    good = b'{"category": "qa", "turns": ["Who?"]}\n'
+    (tmp_path / "question.jsonl").write_bytes(good + line)
+    with pytest.raises(UserError, match=rf"question.jsonl:2: {message}"):
         base.prepare(Specbench, str(tmp_path))
 
 
@@ -114,6 +161,11 @@ def test_summaries(builder, fields, tmp_path):
 
 def test_lm1b_starts_with_five_words(tmp_path):
     (tmp_path / "train.txt").write_text("one two three four five six seven\nfar too short\n")
+    assert read(Lm1b, tmp_path, "train") == [("one two three four five", "six seven")]
+
+
+def test_only_a_line_feed_ends_a_sentence_of_lm1b(tmp_path):
+    (tmp_path / "train.txt").write_bytes(b"one two three\rfour five six seven\r\n")
     assert read(Lm1b, tmp_path, "train") == [("one two three four five", "six seven")]
 
 
@@ -163,6 +215,31 @@ def test_changed_files_are_read_anew(tmp_path):
     assert read(Gsm8k, tmp_path, "train") == [("a", "b")]
     jsonl(tmp_path / "train.jsonl", {"question": "a", "answer": "c"})
     assert read(Gsm8k, tmp_path, "train") == [("a", "c")]
+
+
+def test_other_code_makes_other_data(tmp_path, monkeypatch):
+    jsonl(tmp_path / "train.jsonl", {"question": "q", "answer": "a <<1+1=2>>2"})
+    assert read(Gsm8k, tmp_path, "train") == [("q", "a 2")]
+    changed = tmp_path / "gsm8k.py"
+    changed.write_text(Path(gsm8k.__file__).read_text() + "# another version\n")
+    monkeypatch.setattr(gsm8k, "__file__", str(changed))
+    monkeypatch.setattr(gsm8k, "_CALCULATOR_NOTE", re.compile("nothing"))
+    assert read(Gsm8k, tmp_path, "train") == [("q", "a <<1+1=2>>2")]
+
+
+@pytest.mark.parametrize("module", [summaries, data_jsonl])
+def test_code_of_parents_and_of_the_reader_counts(tmp_path, monkeypatch, module):
+    before = Xsum.code()
+    (tmp_path / "other.py").write_text("")
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "other.py"))
+    assert Xsum.code() != before
+
+
+def test_another_detokeniser_makes_other_data(monkeypatch):
+    before = Wmt14Ende.code()
+    assert before == Wmt14Ende.code()
+    monkeypatch.setattr(metadata, "version", lambda name: f"{name} of tomorrow")
+    assert Wmt14Ende.code() != before
 
 
 def test_big_files_are_known_by_size_and_time(tmp_path, monkeypatch):

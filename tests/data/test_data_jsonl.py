@@ -61,7 +61,8 @@ GOOD = '{"input": "x", "target": "1"}'
         ('{"input": "x", "target": ""}', "field 'target' is empty"),
         ('{"input": "\\ud800", "target": "1"}', "field 'input' holds half of a surrogate pair"),
         (b'{"input": "\xff", "target": "1"}', "not valid UTF-8"),
-        ("[" * 100_000, "not valid JSON"),
+        ("[" * 100_000, r"not valid JSON \(nested too deeply"),
+        ('{"n": ' + "1" * 5_000 + "}", r"not valid JSON \(a number is too long"),
     ],
 )
 def test_broken_lines_are_named(tmp_path, line, message):

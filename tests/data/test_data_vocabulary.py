@@ -2,11 +2,13 @@
 
 import base64
 import json
+import random
 
 import pytest
 from sentencepiece import sentencepiece_model_pb2
 
 from distillspec_jax.data import vocabularies
+from distillspec_jax.data.added_tokens import ForeignVocabulary
 from distillspec_jax.data.stories import story
 from distillspec_jax.data.vocabulary import check_same, fingerprint, load_vocabulary
 from distillspec_jax.errors import UserError
@@ -173,20 +175,287 @@ def test_added_pieces_follow_the_model(t5_json):
     assert 32_100 in vocabulary.encode("The <sum> is")
 
 
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
+    return path
+
+
+CUT = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+SPLIT_AND_CUT = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, CUT]}
+ONE_SPACE = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model": {"type": "BPE"}}, "type BPE"),
-        ({"model": {"type": "Unigram"}}, "not a complete"),
+        ({"model": "Unigram"}, "type None"),
         ({"normalizer": {"type": "Lowercase"}}, "by Lowercase"),
+        (
+            {"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "b"}},
+            "by Replace, which T5 does not: .*'String': 'a'",
+        ),
+        (
+            {"normalizer": {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": ""}},
+            "by Replace",
+        ),
         ({"pre_tokenizer": {"type": "ByteLevel"}}, "cuts words"),
+        ({"pre_tokenizer": None}, "cuts words.*pre_tokenizer is empty"),
+        ({"pre_tokenizer": {"type": "WhitespaceSplit"}}, "pre_tokenizer is WhitespaceSplit"),
+        ({"pre_tokenizer": CUT | {"prepend_scheme": "never"}}, "cuts words.*never"),
+        (
+            {
+                "pre_tokenizer": {
+                    "type": "Sequence",
+                    "pretokenizers": [
+                        {"type": "WhitespaceSplit"},
+                        CUT | {"prepend_scheme": "first"},
+                    ],
+                }
+            },
+            "cuts words.*first",
+        ),
+        ({"normalizer": None}, "keeps runs of spaces"),
     ],
 )
 def test_other_tokenizers_are_refused(t5_json, change, message):
-    tokenizer = json.loads(t5_json.read_text("utf-8")) | change
-    t5_json.write_text(json.dumps(tokenizer), "utf-8")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ForeignVocabulary, match=rf"tokenizer\.json.*{message}"):
+        load_vocabulary(change_json(t5_json, **change))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"model": {"type": "Unigram"}}', "not a complete"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"model": ' + "1" * 5_000 + "}", "not valid JSON"),
+        ("[]", "not a JSON object but a list"),
+    ],
+)
+def test_broken_tokenizers_are_not_taken_for_foreign_ones(tmp_path, content, message):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=rf"tokenizer\.json' is {message}") as refused:
+        load_vocabulary(tmp_path)
+    assert not isinstance(refused.value, ForeignVocabulary)
+
+
+def test_a_broken_model_in_a_folder_is_not_taken_for_a_foreign_one(tmp_path):
+    (tmp_path / "spiece.model").write_bytes(b"garbage")
+    with pytest.raises(UserError, match=r"spiece\.model' is not a SentencePiece model") as refused:
+        load_vocabulary(tmp_path)
+    assert not isinstance(refused.value, ForeignVocabulary)
+    (tmp_path / "spiece.model").unlink()
+    with pytest.raises(ForeignVocabulary, match="holds neither"):
+        load_vocabulary(tmp_path)
+
+
+def test_without_a_character_map_whitespace_still_parts_words(t5_json):
+    change_json(t5_json, normalizer=None, pre_tokenizer=SPLIT_AND_CUT)
+    vocabulary = load_vocabulary(t5_json)
+    for space in ("\n", "\t", "\r\n", "\u3000", "\x85"):
+        assert vocabulary.encode(f"Hello{space}cat") == [8774, 1712]
+    assert vocabulary.encode("ﬁ") == [3, 2]
+
+
+def test_without_a_character_map_ends_are_stripped_where_the_file_says_so(t5_json):
+    strip = {"type": "Strip", "strip_left": False, "strip_right": True}
+    change_json(t5_json, normalizer={"type": "Sequence", "normalizers": [strip, ONE_SPACE]})
+    assert load_vocabulary(t5_json).encode("Hello\n") == [8774]
+    assert load_vocabulary(t5_json).encode("Hello\ncat") == [8774, 2, 2138]
+
+
+def test_bytes_stand_for_characters_without_a_piece(t5_json):
+    model = json.loads(t5_json.read_text("utf-8"))["model"]
+    change_json(t5_json, model=model | {"byte_fallback": True})
+    with pytest.raises(ForeignVocabulary, match="a piece for each of the 256 bytes"):
         load_vocabulary(t5_json)
+    model["vocab"][20_000:20_256] = [[f"<0x{byte:02X}>", -20.0] for byte in range(256)]
+    change_json(t5_json, model=model | {"byte_fallback": True})
+    vocabulary = load_vocabulary(t5_json)
+    assert vocabulary.encode("x日") == [3, 226, *(20_000 + byte for byte in "日".encode())]
+    assert vocabulary.decode(vocabulary.encode("x日")) == "x日"
+
+
+def added(content, index=None, **flags):
+    entry = {"content": content, "special": False, "normalized": True} | flags
+    return entry if index is None else entry | {"id": index}
+
+
+def add_to_json(path, *tokens):
+    own = json.loads(path.read_text("utf-8"))["added_tokens"]
+    return change_json(path, added_tokens=[*own, *tokens])
+
+
+def test_added_tokens_are_found_as_tokenizers_does(t5_json):
+    """Ids of transformers 5.24 (WhitespaceSplit) and 4.57 (Metaspace alone)."""
+    tokens = [added("<q>", 32_100), added("NEW", 32_101), added("<sep>", 32_102, special=True)]
+    tokens += [added("{", 32_103, normalized=False), added("cat", 2138, single_word=True)]
+    alone = load_vocabulary(add_to_json(t5_json, *tokens))
+    assert alone.encode("say <q>NEW now") == [497, 3, 32_100, 32_101, 230]
+    assert alone.encode("say {") == [497, 32_103]
+    split = load_vocabulary(change_json(t5_json, pre_tokenizer=SPLIT_AND_CUT))
+    ids = [497, 32_100, 32_101, 230]
+    assert split.encode("say <q>NEW now") == ids
+    assert split.decode(ids) == "say<q>NEW now"
+    assert split.encode("say NEW.") == [497, 32_101, 3, 5]
+    assert split.encode("cats cat") == [10_003, 2138]
+    assert split.encode("a<sep>b") == [3, 9, 32_102, 3, 115]
+    assert split.decode([3, 9, 32_102, 3, 115]) == "a b"
+
+
+def test_whitespace_next_to_a_token_may_belong_to_it(t5_json):
+    """Seen where the text behind a token is taken as it is."""
+    change_json(t5_json, pre_tokenizer=CUT | {"prepend_scheme": "first"})
+    add_to_json(t5_json, added("<r>", 32_100, rstrip=True), added("<l>", 32_101, lstrip=True))
+    vocabulary = load_vocabulary(t5_json)
+    assert vocabulary.encode("Hello <extra_id_0>.") == [8774, 32_099, 5]
+    assert vocabulary.encode("<extra_id_0> cat") == [32_099, 1712]
+    assert vocabulary.encode("<extra_id_0>cat") == [32_099, 2138]
+    assert vocabulary.encode("<r> cat") == [32_100, 2138]
+    assert vocabulary.encode("cat <l>") == [1712, 32_101]
+
+
+def test_an_added_token_that_the_character_map_changes_is_refused(t5_json):
+    add_to_json(t5_json, added("\n", 32_100))
+    with pytest.raises(ForeignVocabulary, match=r"adds the token '\\n' as `normalized`"):
+        load_vocabulary(t5_json)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("cut", [CUT, CUT | {"prepend_scheme": "first"}, SPLIT_AND_CUT])
+@pytest.mark.parametrize("mapped", [True, False])
+def test_texts_are_cut_as_tokenizers_does(t5_json, cut, mapped):
+    tokenizers = pytest.importorskip("tokenizers")
+    content = json.loads(t5_json.read_text("utf-8"))
+    charsmap = content["normalizer"]["normalizers"][0]
+    strip = {"type": "Strip", "strip_left": False, "strip_right": True}
+    steps = [charsmap] if mapped else []
+    steps += [] if cut is SPLIT_AND_CUT else [strip, ONE_SPACE]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False}
+    own = [token | flags | {"normalized": False} for token in content["added_tokens"]]
+    own += [
+        added("<q>", 32_100) | flags,
+        added("{", 32_101, normalized=False) | flags,
+        added("<sep>", 32_102, normalized=False, special=True) | flags,
+    ]
+    change_json(
+        t5_json,
+        normalizer={"type": "Sequence", "normalizers": steps},
+        pre_tokenizer=cut,
+        added_tokens=own,
+    )
+    peer, ours = tokenizers.Tokenizer.from_file(str(t5_json)), load_vocabulary(t5_json)
+    assert peer.get_vocab_size() == ours.size
+    words = [" ", " ", "  ", "\n", "\t", "\u3000", "say", "cat", ".", "ﬁ", "é", "日"]
+    words += ["<q>", "{", "<sep>", "<extra_id_0>", "<extra_id_500>"]
+    draw = random.Random(0)
+    for _ in range(500):
+        text = "".join(draw.choices(words, k=draw.randint(1, 8)))
+        assert ours.encode(text) == peer.encode(text, add_special_tokens=False).ids, repr(text)
+
+
+@pytest.fixture
+def slow(shared_data, tmp_path):
+    """(Folder, function that writes the settings) of a slow tokenizer with T5's own pieces."""
+    (tmp_path / "spiece.model").symlink_to(shared_data / "t5_sentencepiece/spiece.model")
+
+    def settle(**settings):
+        named = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(named | settings))
+        return tmp_path
+
+    return tmp_path, settle
+
+
+def decoder_of(*tokens):
+    return {str(token["id"]): token for token in tokens}
+
+
+def test_added_tokens_of_a_slow_tokenizer(slow):
+    """Ids and texts of transformers 5.24."""
+    folder, settle = slow
+    tokens = [added("<q>", 32_100), added("NEWWORD", 32_101), added("<sep>", 32_102, special=True)]
+    tokens += [added("</s>", 1, special=True), added("<extra_id_99>", 32_000, special=True)]
+    settle(added_tokens_decoder=decoder_of(*tokens))
+    vocabulary = load_vocabulary(folder)
+    assert vocabulary.size == 32_103
+    assert vocabulary.encode("say <q>NEWWORD now") == [497, 32_100, 32_101, 230]
+    assert vocabulary.decode([497, 32_100, 32_101, 230]) == "say<q>NEWWORD now"
+    assert vocabulary.encode("a <sep> b") == [3, 9, 32_102, 3, 115]
+    assert vocabulary.decode([3, 9, 32_102, 3, 115]) == "a b"
+    assert vocabulary.encode("<extra_id_0> x </s>")[:3] == [32_099, 3, 226]
+    assert vocabulary.eos_id not in vocabulary.encode("x </s>")
+    assert vocabulary.encode("NEW WORD") == load_vocabulary(folder / "spiece.model").encode(
+        "NEW WORD"
+    )
+
+
+def test_added_tokens_in_a_file_of_their_own(slow):
+    folder, settle = slow
+    tokens = {"<q>": 32_100, "<sep>": 32_101, "<pad>": 0, "\n": 32_102}
+    (folder / "added_tokens.json").write_text(json.dumps(tokens))
+    assert load_vocabulary(folder).size == 32_103  # without settings, too
+    vocabulary = load_vocabulary(settle(additional_special_tokens=["<sep>", "<extra_id_0>"]))
+    assert vocabulary.encode("say <q><sep>\n") == [497, 32_100, 32_101, 32_102]
+    assert vocabulary.decode([497, 32_100, 32_101]) == "say<q>"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"added_tokens_decoder": {"32105": added("<q>")}}, "no piece with id 32100"),
+        ({"added_tokens_decoder": {"32000": added("<q>")}}, "two pieces with id 32000"),
+        ({"added_tokens_decoder": {"32100": added("cat")}}, "'cat' with id 2138 and as an added"),
+        ({"additional_special_tokens": ["<sep>"]}, "special tokens that have no id: <sep>"),
+    ],
+)
+def test_added_tokens_without_a_place_are_refused(slow, settings, message):
+    with pytest.raises(ForeignVocabulary, match=message):
+        load_vocabulary(slow[1](**settings))
+
+
+@pytest.mark.parametrize(
+    "broken", [[], {"x": added("<q>")}, {"32100": "<q>"}, {"32100": added("")}, {"-1": added("q")}]
+)
+def test_broken_added_tokens_are_told(slow, broken):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json' has broken added tokens"):
+        load_vocabulary(slow[1](added_tokens_decoder=broken))
+
+
+@pytest.mark.parametrize("beside", [{}, {"added_tokens_decoder": {}}])
+def test_broken_names_of_special_tokens_are_told(slow, beside):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json' has broken added tokens"):
+        load_vocabulary(slow[1](additional_special_tokens=5, **beside))
+
+
+@pytest.mark.parametrize(("settings", "count"), [({}, 100), ({"extra_ids": 96}, 96)])
+def test_sentinels_are_those_of_the_settings(slow, settings, count):
+    vocabulary = load_vocabulary(slow[1](**settings))
+    assert vocabulary.size == 32_000 + count
+    assert vocabulary.encode("<extra_id_0>") == [32_000 + count - 1]
+
+
+def test_a_tokenizer_without_sentinels(slow):
+    vocabulary = load_vocabulary(slow[1](extra_ids=0))
+    assert vocabulary.size == 32_000
+    # The text is one word, as transformers 5.24 cuts it.
+    assert vocabulary.encode("<extra_id_0>") == [3, 2, 25666, 834, 23, 26, 834, 632, 3155]
+
+
+def test_sentinels_of_a_vocabulary_of_another_size(slow):
+    folder, settle = slow
+    (folder / "spiece.model").unlink()
+    (folder / "spiece.model").write_bytes(vocabularies.ARITHMETIC_STORIES.read_bytes())
+    assert load_vocabulary(folder).size == 423
+    assert load_vocabulary(settle()).size == 523  # transformers' own number
+    assert load_vocabulary(settle(extra_ids=96)).encode("<extra_id_0>") == [518]
+
+
+@pytest.mark.parametrize("extra_ids", [-1, 1.5, "96", True, 10**12, None])
+def test_impossible_numbers_of_sentinels_are_refused(slow, extra_ids):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json' has extra_ids .* whole number"):
+        load_vocabulary(slow[1](extra_ids=extra_ids))
 
 
 def test_a_folder_of_byt5_speaks_bytes_without_a_vocabulary_file(tmp_path):
@@ -196,6 +465,21 @@ def test_a_folder_of_byt5_speaks_bytes_without_a_vocabulary_file(tmp_path):
     settings.write_text('{"tokenizer_class": "T5Tokenizer"}')
     with pytest.raises(UserError, match="holds neither"):
         load_vocabulary(tmp_path)
+
+
+def test_added_tokens_of_byt5(slow):
+    """Ids of transformers 5.24."""
+    byt5 = load_vocabulary(
+        slow[1](
+            tokenizer_class="ByT5Tokenizer",
+            added_tokens_decoder=decoder_of(
+                added("<pad>", 0, special=True), added("<q>", 384), added("<s>", 385, special=True)
+            ),
+        )
+    )
+    assert byt5.size == 386
+    assert byt5.encode("a<q>é<s>") == [100, 384, 198, 172, 385]
+    assert byt5.decode([100, 384, 198, 172, 385]) == "a<q>é"
 
 
 def test_missing_and_broken_files_are_refused(tmp_path):

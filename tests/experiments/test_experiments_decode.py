@@ -9,8 +9,9 @@ from rich.text import Text
 
 from distillspec_jax.data.vocabulary import load_vocabulary
 from distillspec_jax.decoding.state import ACCEPTED, BONUS, CORRECTED
+from distillspec_jax.errors import UserError
 from experiments import decode
-from experiments.decoder import STYLES, Answer, DecodeConfig, coloured
+from experiments.decoder import STYLES, Answer, DecodeConfig, coloured, read_prompts
 
 PROMPTS = ("Tom has 3 apples .", "Anna has 7 pens and buys 2 more .", "Ben has 4 pears .")
 
@@ -116,6 +117,17 @@ def test_lines_flags_and_terminal_give_the_same_texts(run, tmp_path, monkeypatch
     assert outputs(run(workdir="terminal")[3]) == expected
 
 
+def test_only_a_line_feed_ends_a_prompt_of_a_text_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffone\u2028two\r\n\nthree\x0cfour\rfive\n".encode())
+    prompts = read_prompts(DecodeConfig(target="t", prompts=str(path)))
+    assert [prompt.input for prompt in prompts] == ["one\u2028two", "three\x0cfour\rfive"]
+    assert prompts.where(1) == f"{path}:3"
+    path.write_bytes(b"one\n\xe9\n")
+    with pytest.raises(UserError, match=r"prompts\.txt:2: not valid UTF-8"):
+        read_prompts(DecodeConfig(target="t", prompts=str(path)))
+
+
 def test_a_greedy_draft_of_a_sampling_target(run):
     flags = [f"--prompt={prompt}" for prompt in PROMPTS]
     code, out, err, folder = run(*flags, "--config.draft_temperature=0")
@@ -206,6 +218,35 @@ def test_a_prompt_of_the_terminal_that_is_too_long_is_left_out(run, monkeypatch)
     assert code is None
     assert [row["prompt"] for row in outputs(folder)] == [PROMPTS[0], PROMPTS[1]]
     assert "error: the prompt:1 is too long" in err
+
+
+def test_a_prompt_of_the_terminal_that_is_not_utf8_is_left_out(run, monkeypatch):
+    lines = [PROMPTS[0], b"\xff\xfeabc".decode("utf-8", "surrogateescape"), PROMPTS[1]]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    code, _, err, folder = run()
+    assert code is None
+    assert [row["prompt"] for row in outputs(folder)] == [PROMPTS[0], PROMPTS[1]]
+    assert "error: the prompt is not UTF-8\n" in err
+
+
+def test_texts_of_another_law_are_said_to_be(run):
+    flags = [f"--prompt={prompt}" for prompt in PROMPTS]
+    lenience = {"kind": "linear", "epsilon": 0.5}
+    _, out, _, folder = run(*flags, temperature=1.0, lenience=lenience, num_drafts=1)
+    assert "lenience 0.5: the texts are not of the target's law\n" in out
+    found = summary(folder)
+    assert (found["lossless"], found["lenience"]) == (False, 0.5)
+    assert found["lenience_kind"] == "linear"
+    _, out, _, folder = run(*flags, workdir="exact", temperature=1.0)
+    assert "lenience" not in out
+    assert "lenience" not in summary(folder)
+
+
+def test_a_seed_that_is_none_is_refused(run):
+    code, _, err, folder = run(f"--prompt={PROMPTS[0]}", seed=-1)
+    assert code == 2
+    assert err.startswith("error: config.seed is -1, must be within 0 and 2**32 - 1")
+    assert not folder.exists()
 
 
 def test_colours_are_those_of_the_origins(vocabulary):

@@ -13,7 +13,7 @@ from distillspec_jax.data.tasks import TaskConfig, load_task
 from distillspec_jax.decoding.block_length import BlockLength, tune
 from distillspec_jax.decoding.lenience import Lenience
 from distillspec_jax.evaluation import latency
-from distillspec_jax.report import figures, page
+from distillspec_jax.report import figures, page, runs, tables
 from experiments import cell_tables, evaluate, measuring
 from experiments.bench import Setting, open_bench
 from experiments.evaluate import DraftConfig, EvaluateConfig
@@ -268,6 +268,36 @@ def test_the_gamma_that_is_timed_is_the_tuner_s_choice(config, monkeypatch, tmp_
             if row["kind"] == "tune"
         }
         assert tune(curve, draft_step, {1: 1.0, 5: 1.0}).gamma == expected
+
+
+def test_each_batch_size_has_a_gamma_of_its_own(config, monkeypatch, tmp_path):
+    """Of a single row blocks are cheap to verify, of two rows they are dear."""
+    changed = dataclasses.replace(
+        config, temperatures=(1.0,), timed_prompts=4, timed_batch_sizes=(1, 2), gamma_grid=(1, 5)
+    )
+
+    def step_costs(target, target_params, draft, draft_params, inputs, gammas):
+        dear = {gamma: 1.0 + 9.0 * (len(inputs) > 1) * gamma for gamma in gammas}
+        return latency.StepCosts(1e-9, 1.0, dear)
+
+    monkeypatch.setattr(latency, "step_costs", step_costs)
+    evaluate.main(changed, tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    records = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    chosen = {
+        (row["name"], row["batch_size"]): row["gamma"] for row in records if row.get("chosen")
+    }
+    names = "finetuned", "distilled"
+    assert chosen == {(name, size): g for name in names for size, g in ((1, 5), (2, 1))}
+    assert {row["gamma"] for row in summary["drafts"]} == {1, 3, 5}
+    speeds = [gain for gain in summary["gains"] if gain["figure"] == "tokens_per_second"]
+    assert [(gain["batch_size"], gain["gamma"], gain["gamma_over"]) for gain in speeds] == [
+        (1, 5, 5),
+        (2, 1, 1),
+    ]
+    assert summary["tokens_per_second_over_finetuned_t1"] == speeds[0]["gain"]
+    text = tables.gains_table(runs.find_runs(tmp_path)[0]).markdown()
+    assert "| 1 | tokens per second, batch 2 |" in text
 
 
 def test_each_batch_size_has_the_costs_and_the_clock_of_its_own(config, monkeypatch, tmp_path):

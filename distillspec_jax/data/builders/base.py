@@ -13,6 +13,7 @@ from typing import IO, Any, ClassVar
 
 import tensorflow_datasets as tfds
 
+from distillspec_jax.data import jsonl
 from distillspec_jax.errors import UserError
 
 _EXAMPLES_PER_LINE = 50_000
@@ -50,6 +51,11 @@ class TextPairs(tfds.core.GeneratorBasedBuilder):
     def sources(cls, source_dir: str) -> dict[str, list[Path]]:
         """The files that each split is made from; other content makes another data set."""
 
+    @classmethod
+    def code(cls) -> list[bytes]:
+        """What else makes the data: another version of it makes another data set."""
+        return []
+
     @abc.abstractmethod
     def pairs(self, split: str) -> Iterable[tuple[str, str]]:
         """The (input, target) texts of a split, in order."""
@@ -84,6 +90,8 @@ class TextPairs(tfds.core.GeneratorBasedBuilder):
 class FromFiles(TextPairs):
     """A data set that reads files which the user has put into a folder.
 
+    Prepared data belong to the files, to the module that reads them and to `jsonl`.
+
     Attributes:
       FILES: for each split the glob patterns of its files, `a|b` where either name will do; a
         split needs a match for each of its patterns, and a folder at least one split.
@@ -117,6 +125,12 @@ class FromFiles(TextPairs):
         files = (" with ".join(patterns) for patterns in cls.FILES.values())
         return "; ".join(files).replace("|", " or ")
 
+    @classmethod
+    def code(cls) -> list[bytes]:
+        own = cls.__mro__[: cls.__mro__.index(FromFiles)]
+        modules = [jsonl, *(sys.modules[part.__module__] for part in own)]
+        return [Path(str(module.__file__)).read_bytes() for module in dict.fromkeys(modules)]
+
     def files(self, split: str) -> list[Path]:
         return self.sources(self.source_dir)[split]
 
@@ -131,7 +145,8 @@ def prepare(builder_class: type[TextPairs], source_dir: str = "") -> TextPairs:
     Two processes may call it at once: one prepares, the other waits. An interrupted preparation
     leaves nothing that a later one would take for complete.
     """
-    root = cache_dir() / f"{builder_class.name}-{_digest(builder_class.sources(source_dir))}"
+    digest = _digest(builder_class.sources(source_dir), builder_class.code())
+    root = cache_dir() / f"{builder_class.name}-{digest}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         lock = open(root / "lock", "w")  # noqa: SIM115 (closed by the `with` below)
@@ -158,9 +173,14 @@ def _wait_for(lock: IO[str]) -> None:
         ) from error
 
 
-def _digest(sources: Mapping[str, Sequence[Path]]) -> str:
-    """A short name for what the sources hold; files too big to read are known by size and time."""
+def _digest(sources: Mapping[str, Sequence[Path]], code: Iterable[bytes]) -> str:
+    """A short name for what the sources hold and the code that reads them.
+
+    Files too big to read are known by size and time.
+    """
     state = hashlib.sha256()
+    for part in code:
+        state.update(hashlib.sha256(part).digest())
     for split, paths in sources.items():
         state.update(split.encode())
         for path in paths:

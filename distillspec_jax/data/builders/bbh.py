@@ -26,7 +26,7 @@ class Bbh(FromFiles):
             try:
                 examples = json.loads(path.read_text("utf-8"))["examples"]
                 rows = [(str(row["input"]), str(row["target"])) for row in examples]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(
                     f"'{path}' is not a BBH task: it needs a list `examples` with `input` and "
                     "`target`"

@@ -26,7 +26,7 @@ class Lm1b(FromFiles):
 
     def pairs(self, split: str) -> Iterator[tuple[str, str]]:
         for path in self.files(split):
-            with path.open(encoding="utf-8") as lines:
+            with path.open(encoding="utf-8", newline="\n") as lines:
                 try:
                     for line in lines:
                         words = line.split()

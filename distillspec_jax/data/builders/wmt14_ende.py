@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import ClassVar
 
 from sacremoses import MosesDetokenizer
 
 from distillspec_jax.data.builders.base import Files, FromFiles
+from distillspec_jax.data.jsonl import numbered_lines
 from distillspec_jax.errors import UserError
 
 
@@ -23,6 +25,10 @@ class Wmt14Ende(FromFiles):
         "validation": ["src-val.txt", "tgt-val.txt"],
         "test": ["src-test.txt"],
     }
+
+    @classmethod
+    def code(cls) -> list[bytes]:
+        return [*super().code(), metadata.version("sacremoses").encode()]
 
     @classmethod
     def sources(cls, source_dir: str) -> dict[str, list[Path]]:
@@ -53,7 +59,5 @@ def detokenizer(language: str) -> Callable[[str], str]:
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text("utf-8").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"'{path}' is not valid UTF-8") from error
+    lines = [line.strip("\r") for _, line in numbered_lines(path)]
+    return lines if lines[-1] else lines[:-1]  # nothing follows the last line's end
