@@ -139,7 +139,7 @@ def find(name_or_path: str | os.PathLike[str]) -> Found:
         return Found("preset", name)
     if name in known:
         return Found("native", name, PRETRAINED / name)
-    if path.exists():
+    if os.path.exists(path):
         return _identify(path.resolve())
     if len(path.parts) > 1:
         raise UserError(f"no model at '{name}': there is no such file or folder")
@@ -151,6 +151,8 @@ def _identify(path: Path) -> Found:
         if path.suffix in (".safetensors", ".json", ".bin"):
             raise UserError(f"'{path}' is a file of a model; give its folder, '{path.parent}'")
         return Found("t5x", path.name, path)
+    if not path.is_dir():
+        raise UserError(f"no model at '{path}': it is neither a file nor a folder")
     if orbax.is_step(path):
         return Found("run", path.name, path)
     if (path / orbax.FOLDER).is_dir():

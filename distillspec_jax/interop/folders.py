@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -78,9 +79,20 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", "utf-8")
 
 
+def refuse_links(folder: Path) -> None:
+    """Raises UserError if `folder` or anything in it is a link: who reads it would follow."""
+    for path in itertools.chain([folder], folder.rglob("*")):
+        if path.is_symlink():
+            raise UserError(f"{path} is a link; put what it leads to in its place")
+
+
 def refuse_existing(path: Path) -> None:
-    """Raises UserError if `path` is there and is not an empty folder."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    """Raises UserError if `path` is there and no empty folder, or lies in what is no folder."""
+    parent = next((each for each in path.absolute().parents if os.path.lexists(each)), path)
+    if not parent.is_dir():
+        raise UserError(f"{path} cannot be made: {parent} is not a folder; choose another place")
+    is_folder = path.is_dir() and not path.is_symlink()
+    if os.path.lexists(path) and (not is_folder or any(path.iterdir())):
         raise UserError(f"{path} exists already and is not an empty folder; choose another place")
 
 
@@ -88,7 +100,7 @@ def refuse_existing(path: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder beside `path` that becomes `path` when the block ends well.
 
-    Raises UserError, before anything is written, if `path` is there and is not an empty folder.
+    Raises UserError, before anything is written, where `refuse_existing` does.
     """
     path = path.absolute()
     refuse_existing(path)

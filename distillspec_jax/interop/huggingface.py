@@ -6,6 +6,7 @@ read, and files that could run code (pickles) are refused.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ from distillspec_jax.interop.folders import (
 )
 from distillspec_jax.interop.layout import Part
 from distillspec_jax.interop.safetensors_files import SafetensorsFile, TensorInfo
-from distillspec_jax.interop.tensors import check_tensors
+from distillspec_jax.interop.tensors import check_tensors, stored_as
 from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.models.transformer import Transformer
 
@@ -89,7 +90,8 @@ def _indexed(folder: Path) -> dict[str, SafetensorsFile]:
     if not isinstance(index, dict) or not all(isinstance(shard, str) for shard in index.values()):
         raise UserError(f"{where} has no weight_map from tensors to files")
     shards = sorted(set(index.values()))
-    absent = [shard for shard in shards if not (folder / Path(shard).name).exists()]
+    # os.path, for Path.exists raises where a name is too long for a file
+    absent = [shard[:120] for shard in shards if not os.path.exists(folder / Path(shard).name)]
     if absent:
         raise UserError(f"{where} names shards that are not there: {', '.join(absent[:8])}")
     files = {shard: SafetensorsFile(contained_file(folder, shard)) for shard in shards}
@@ -125,7 +127,7 @@ def read_config(folder: Path) -> ModelConfig:
     weights = Weights(folder)
     tied = huggingface_config.is_tied_by_flag(config)
     if tied and _HEAD in weights:
-        tied = weights.equal(_HEAD, _embedding(weights))
+        tied = weights.equal(_HEAD, _embedding(weights, tied))
     return huggingface_config.read(config, generation, tie_embeddings=tied, **arguments)
 
 
@@ -137,7 +139,7 @@ def read_params(
     table = layout.leaves(config)
     parts = [part for leaf in table for part in leaf.parts]
     wanted = {part.huggingface: part.huggingface_shape for part in parts}
-    source = _embedding(weights)
+    source = _embedding(weights, config.tie_embeddings)
     wanted[source] = wanted.pop(_EMBEDDING)
     copies = _copies(weights, source, config)
     found = {name: info for name, info in weights.tensors.items() if name not in copies}
@@ -164,9 +166,10 @@ def describe(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _embedding(weights: Weights) -> str:
-    """The name that the embedding goes by in this file."""
-    return next((name for name in (_EMBEDDING, *_COPIES, _HEAD) if name in weights), _EMBEDDING)
+def _embedding(weights: Weights, tied: bool) -> str:
+    """The name that the embedding goes by in this file; the output matrix is it only if tied."""
+    names = (_EMBEDDING, *_COPIES, *([_HEAD] if tied else []))
+    return next((name for name in names if name in weights), _EMBEDDING)
 
 
 def _copies(weights: Weights, source: str, config: ModelConfig) -> list[str]:
@@ -185,20 +188,24 @@ def save(
 ) -> None:
     """Writes a folder for transformers' T5ForConditionalGeneration, whole or not at all.
 
+    A model that ties but does not scale its logits, or scales but does not tie, is written as one
+    that transformers 4 knows too: the factor D**0.5 or D**-0.5 goes into the last norm's scale.
+
     Args:
       dtype: of the stored tensors; float32 keeps every bit.
       extra_files: what else belongs there by name, a tokenizer for one.
       max_shard_bytes: a file of weights is begun anew past this size.
     """
-    config, generation = huggingface_config.write(model.config, dtype)
+    shape, params = _scaled_if_tied(model.config, params)
+    config, generation = huggingface_config.write(shape, dtype)
     stored = np.dtype(jnp.dtype(dtype))
     infos = {
         part.huggingface: TensorInfo(part.huggingface_shape, stored)
-        for leaf in layout.leaves(model.config)
+        for leaf in layout.leaves(shape)
         for part in leaf.parts
     }
     shards = split_into_shards(infos, max_shard_bytes)
-    arrays = _arrays(model.config, params, stored)
+    arrays = _arrays(shape, params, stored)
     with new_folder(Path(folder)) as temporary:
         for name, shard in shards.items():
             # the shards follow the order in which the arrays come
@@ -212,12 +219,25 @@ def save(
             (temporary / name).write_bytes(content)
 
 
+def _scaled_if_tied(config: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:
+    """The same model, to one rounding of D numbers, with its logits scaled just if tied."""
+    if config.scale_logits == config.tie_embeddings:
+        return config, params
+    factor = config.d_model ** (0.5 if config.tie_embeddings else -0.5)
+    decoder = params["decoder"]
+    scale = np.asarray(decoder["final_norm"]["scale"], np.float64) * factor
+    decoder = {**decoder, "final_norm": {"scale": scale}}
+    same = dataclasses.replace(config, scale_logits=config.tie_embeddings)
+    return same, {**params, "decoder": decoder}
+
+
 def _arrays(config: ModelConfig, params: Any, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
     for leaf in layout.leaves(config):
         array = np.asarray(layout.get(params, leaf.path))
         for index, part in enumerate(leaf.parts):
             matrix = layout.split(leaf, array, index)
-            yield part.huggingface, (matrix.T if part.transposed else matrix).astype(dtype)
+            matrix = matrix.T if part.transposed else matrix
+            yield part.huggingface, stored_as(dtype, matrix, part.huggingface)
 
 
 def split_into_shards(

@@ -1,8 +1,13 @@
 """Hugging Face's T5Config and ours, both ways; a field of the architecture counts or is refused.
 
-Written against transformers 4 and 5, which differ in one thing: 5 always says
-`tie_word_embeddings: true` and lets the file decide (a `lm_head.weight` of its own unties), and
-keeps what the field meant for the scale of the logits in `scale_decoder_outputs`.
+Written against transformers 4 and 5, which differ in what ties and what scales the logits by
+d_model**-0.5. In 4 `tie_word_embeddings` decides both. 5 always writes it as true and lets the
+file of weights decide (a `lm_head.weight` of its own unties); what the field had said goes on in
+`scale_decoder_outputs`, which 4 does not know. What is written here scales just if it ties (see
+`huggingface.save`), so both read the same model; what 5 saves of an untied T5, 4 misreads.
+
+An mT5 is scaled in 4 if tied, in 5 never. What was meant is what its maker computed: a file that
+names a transformers 4 as its own and ties is scaled, no other is (5 says "tied" of all of them).
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from distillspec_jax.errors import UserError, unknown_name
-from distillspec_jax.models.config import ACTIVATIONS, ModelConfig
+from distillspec_jax.models.config import ACTIVATIONS, FieldError, ModelConfig, check_has_end
 
 MODEL_TYPES = ("t5", "mt5")
 ARCHITECTURES = ("T5ForConditionalGeneration", "MT5ForConditionalGeneration", "T5WithLMHeadModel")
@@ -22,6 +27,13 @@ _SIZES = {
     "d_kv": "head_dim",
     "d_ff": "d_ff",
     "num_layers": "num_encoder_layers",
+}
+_KEYS = {ours: theirs for theirs, ours in _SIZES.items()} | {
+    "relative_buckets": "relative_attention_num_buckets",
+    "relative_max_distance": "relative_attention_max_distance",
+    "pad_id": "pad_token_id",
+    "eos_id": "eos_token_id",
+    "decoder_start_id": "decoder_start_token_id",
 }
 _REFUSED = {  # fields that change what the model computes, unless they hold this
     "is_decoder": False,
@@ -70,23 +82,29 @@ def read(
     activation, gated = _activation(config, where)
     ids = [config, generation]
     pad_id = _token_id("pad_token_id", ids, 0, where)
-    return ModelConfig(
-        name=name,
-        **sizes,
-        num_decoder_layers=decoder_layers or sizes["num_encoder_layers"],
-        num_pieces=_num_pieces(sizes["vocab_size"], generation),
-        activation=activation,
-        gated=gated,
-        tie_embeddings=tie_embeddings,
-        scale_logits=_scale_logits(config, where),
-        relative_buckets=_size(config, "relative_attention_num_buckets", where, 32),
-        relative_max_distance=_max_distance(config, where),
-        layer_norm_epsilon=_number(config, "layer_norm_epsilon", where, 1e-6),
-        dropout_rate=_number(config, "dropout_rate", where, 0.0),
-        pad_id=pad_id,
-        eos_id=_token_id("eos_token_id", ids, 1, where),
-        decoder_start_id=_token_id("decoder_start_token_id", ids, pad_id, where),
-    )
+    try:
+        return ModelConfig(
+            name=name,
+            **sizes,
+            num_decoder_layers=decoder_layers or sizes["num_encoder_layers"],
+            num_pieces=_num_pieces(sizes["vocab_size"], generation),
+            activation=activation,
+            gated=gated,
+            tie_embeddings=tie_embeddings,
+            scale_logits=_scale_logits(config, where),
+            relative_buckets=_size(config, "relative_attention_num_buckets", where, 32),
+            relative_max_distance=_size(config, "relative_attention_max_distance", where, 128),
+            layer_norm_epsilon=_number(config, "layer_norm_epsilon", where, 1e-6),
+            dropout_rate=_number(config, "dropout_rate", where, 0.1),
+            pad_id=pad_id,
+            eos_id=_token_id("eos_token_id", ids, 1, where),
+            decoder_start_id=_token_id("decoder_start_token_id", ids, pad_id, where),
+        )
+    except FieldError as error:
+        key = _KEYS.get(error.field, error.field)
+        is_beside = key in generation and key not in config
+        place = f"generation_config.json beside {where}" if is_beside else where
+        raise UserError(f"{place} has {key} {error.value!r:.60}, must be {error.must}") from error
 
 
 def is_tied_by_flag(config: Mapping[str, Any]) -> bool:
@@ -112,9 +130,13 @@ def _num_pieces(vocab_size: int, generation: Mapping[str, Any]) -> int:
 def write(config: ModelConfig, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """config.json and generation_config.json for a T5ForConditionalGeneration.
 
-    Raises UserError for a decoder-only model: transformers has no such T5.
+    Args:
+      config: scales its logits just if it ties its embeddings.
+    Raises:
+      UserError for a decoder-only model: transformers has no such T5.
     """
     c = config
+    check_has_end(c.eos_id, f"model '{c.name}'")
     if not c.is_encoder_decoder:
         raise UserError(
             f"model '{c.name}' is decoder-only; transformers has no such T5, keep it as native or "
@@ -183,21 +205,9 @@ def _size(config: Mapping[str, Any], field: str, where: str, default: int | None
 
 def _number(config: Mapping[str, Any], field: str, where: str, default: float) -> float:
     value = config.get(field, default)
-    if type(value) not in (int, float) or not 0 <= value < 1:
-        raise UserError(f"{where} has {field} {value!r:.60}, must be a number within 0 and 1")
-    return float(value)
-
-
-def _max_distance(config: Mapping[str, Any], where: str) -> int:
-    buckets = _size(config, "relative_attention_num_buckets", where, 32)
-    distance = _size(config, "relative_attention_max_distance", where, 128)
-    if buckets < 4 or distance <= buckets // 2:
-        raise UserError(
-            f"{where} has relative_attention_num_buckets {buckets} and "
-            f"relative_attention_max_distance {distance}; needed are at least 4 buckets and a "
-            "distance of more than half of them"
-        )
-    return distance
+    if type(value) not in (int, float):
+        raise UserError(f"{where} has {field} {value!r:.60}, must be a number")
+    return value
 
 
 def _activation(config: Mapping[str, Any], where: str) -> tuple[str, bool]:
@@ -224,7 +234,8 @@ def _scale_logits(config: Mapping[str, Any], where: str) -> bool:
         if config.get(field) not in (None, True, False):
             raise UserError(f"{where} has {field} {config[field]!r:.60}, must be true or false")
     if config["model_type"] == "mt5":
-        return False  # its code never scales
+        is_by_4 = str(config.get("transformers_version")).startswith("4.")
+        return is_by_4 and config.get("tie_word_embeddings") is True
     return config.get("scale_decoder_outputs", is_tied_by_flag(config)) is not False
 
 

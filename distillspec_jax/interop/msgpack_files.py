@@ -6,6 +6,7 @@ before anything is allocated, and depth and count are bounded.
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -40,8 +41,15 @@ _NUMBERS = {
 _WIDTHS = (">B", ">H", ">I")
 
 
+@dataclasses.dataclass(frozen=True)
+class Unreadable:
+    """An array of a dtype that no parameter has; a bool in an optimizer's state for one."""
+
+    dtype: str
+
+
 class MsgpackFile:
-    """One file; `tree` has a TensorInfo where the file has an array."""
+    """One file; `tree` has a TensorInfo, or an Unreadable, where the file has an array."""
 
     def __init__(self, path: Path) -> None:
         """Walks the file once; raises UserError if it is not such a file."""
@@ -134,19 +142,21 @@ class _Reader:
         (kind,) = struct.unpack(">b", self._bytes(1))
         end = self._file.tell() + self._bounded(length, self._end)
         info = self._tensor() if kind in (_NDARRAY, _SCALAR) else None
-        if info is not None and self._file.tell() != end:
+        if isinstance(info, TensorInfo) and self._file.tell() != end:
             raise ValueError("an array has another length than it says")
         self._file.seek(end)
         return info
 
-    def _tensor(self) -> TensorInfo:
+    def _tensor(self) -> TensorInfo | Unreadable:
         """The inside of an array's extension: [shape, name of dtype, bytes]."""
         if self._bytes(1)[0] != 0x93:
             raise ValueError("an array is not of the form shape, dtype, bytes")
         shape, name = self._value(MAX_DEPTH - 1), self._value(MAX_DEPTH - 1)
         name = name.decode() if isinstance(name, bytes) else name
-        if not is_sizes(shape) or not isinstance(name, str) or name not in _DTYPES:
+        if not is_sizes(shape) or not isinstance(name, str):
             raise ValueError(f"an array has shape {shape!r:.60} and dtype {name!r:.40}")
+        if name not in _DTYPES:
+            return Unreadable(name)
         code = self._bytes(1)[0]
         if not 0xC4 <= code <= 0xC6:
             raise ValueError("an array has no bytes")

@@ -27,8 +27,8 @@ from distillspec_jax.interop.folders import (
     write_json,
 )
 from distillspec_jax.interop.safetensors_files import SafetensorsFile, TensorInfo
-from distillspec_jax.interop.tensors import check_tensors
-from distillspec_jax.models.config import ModelConfig
+from distillspec_jax.interop.tensors import check_tensors, stored_as
+from distillspec_jax.models.config import ModelConfig, check_has_end
 from distillspec_jax.models.transformer import Transformer
 
 FORMAT, VERSION = "distillspec_jax", 1
@@ -54,11 +54,12 @@ def save(
       card: JSON; "vocabulary_fingerprint" in it is what `describe` gives back.
       dtype: of the stored tensors; bfloat16 rounds, float32 keeps every bit.
     """
+    check_has_end(model.config.eos_id, f"model '{model.config.name}'")
     table = {leaf.parts[0].t5x: leaf for leaf in layout.own_leaves(model.config)}
     stored = np.dtype(jnp.dtype(dtype))
     infos = {name: TensorInfo(leaf.shape, stored) for name, leaf in table.items()}
     arrays = (
-        (name, np.asarray(layout.get(params, leaf.path)).astype(stored))
+        (name, stored_as(stored, np.asarray(layout.get(params, leaf.path)), name))
         for name, leaf in table.items()
     )
     with new_folder(Path(folder)) as temporary:
@@ -100,7 +101,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def model_config(fields: Any, where: str) -> ModelConfig:
-    """ModelConfig from JSON, every field checked by name and type."""
+    """ModelConfig from JSON, every field checked by name, type and range."""
     if not isinstance(fields, dict):
         raise UserError(f"{where} has no fields of a model")
     hints = typing.get_type_hints(ModelConfig)
@@ -118,7 +119,11 @@ def model_config(fields: Any, where: str) -> ModelConfig:
     ]
     if missing:
         raise UserError(f"{where} lacks {', '.join(missing)}")
-    return ModelConfig(**fields)
+    check_has_end(fields.get("eos_id", ModelConfig.eos_id), where)
+    try:
+        return ModelConfig(**fields)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _readme(config: ModelConfig, card: Mapping[str, Any]) -> str:

@@ -17,10 +17,10 @@ import orbax.checkpoint as ocp
 import distillspec_jax
 from distillspec_jax.errors import UserError
 from distillspec_jax.interop import layout, placing
-from distillspec_jax.interop.folders import new_folder
+from distillspec_jax.interop.folders import new_folder, refuse_links
 from distillspec_jax.interop.native import model_config
 from distillspec_jax.interop.tensors import check_tensors
-from distillspec_jax.models.config import ModelConfig
+from distillspec_jax.models.config import ModelConfig, check_has_end
 from distillspec_jax.models.cpu_memory import on_large_pages
 from distillspec_jax.models.transformer import Transformer
 
@@ -35,10 +35,11 @@ def is_step(folder: Path) -> bool:
 
 def describe(step: Path) -> dict[str, Any]:
     """What a run said about itself when it saved the checkpoint `step`."""
+    refuse_links(step / "description")
     handler = ocp.JsonCheckpointHandler()
     try:
         stored = handler.restore(step / "description", ocp.args.JsonRestore())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last: nested too deeply
         raise UserError(f"{step} is not a checkpoint: its description cannot be read") from error
     if not isinstance(stored, Mapping) or stored.get("format") != FORMAT:
         raise UserError(f"{step} is not a checkpoint of this project, format {FORMAT}")
@@ -55,6 +56,7 @@ def read_params(
 ) -> Any:
     """The weights of the checkpoint `step`, whose shape is `config`, each in its place."""
     place, stored = step / "params", placing.checked_dtype(dtype)
+    refuse_links(place)
     table = layout.leaves(config)
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = {
@@ -86,6 +88,7 @@ def save(
 
     `description` may hold "step" (default 0), "vocabulary_fingerprint" and more.
     """
+    check_has_end(model.config.eos_id, f"model '{model.config.name}'")
     stored = {
         "step": 0,
         **description,

@@ -45,7 +45,7 @@ def slim(
         is a copy that writes nothing yet: the model computes the same, and has room to learn.
       d_model, num_heads, d_ff: sizes to keep of D, N, F; None keeps all. The size of a head stays.
     Raises:
-      UserError for layers that are not there, an empty decoder, or sizes that are no smaller.
+      UserError for layers that are not there, an emptied stack, or sizes larger than the model's.
     """
     asked = {"encoder": encoder_layers, "decoder": decoder_layers}
     small = cut(

@@ -23,15 +23,15 @@ from distillspec_jax.interop import gin, layout, placing, zarr_folders
 from distillspec_jax.interop.folders import contained_file
 from distillspec_jax.interop.huggingface_config import num_pieces
 from distillspec_jax.interop.layout import Part
-from distillspec_jax.interop.msgpack_files import MsgpackFile, flatten
+from distillspec_jax.interop.msgpack_files import MsgpackFile, Unreadable, flatten
 from distillspec_jax.interop.safetensors_files import TensorInfo
 from distillspec_jax.interop.tensors import check_tensors
 from distillspec_jax.interop.zarr_folders import ZarrArray
-from distillspec_jax.models.config import ModelConfig
+from distillspec_jax.models.config import FieldError, ModelConfig
 
 FILE = "checkpoint"
 _FLOATS = ("float32", "bfloat16", "float16")
-_LAYER = re.compile(r"(encoder|decoder)/layers_(\d+)/(.+)")
+_LAYER = re.compile(r"(encoder|decoder)/layers_(\d{1,9})/(.+)")
 _PLACEHOLDER = "PLACEHOLDER://"  # how Orbax's legacy format names an array beside the file
 
 
@@ -58,6 +58,10 @@ class Checkpoint:
     def _located(self, name: str, entry: Any) -> TensorInfo | ZarrArray:
         if isinstance(entry, TensorInfo):
             return entry
+        if isinstance(entry, Unreadable):
+            raise UserError(
+                f"tensor '{name}' in {self.path} has dtype {entry.dtype!r:.40}, not a float"
+            )
         return zarr_folders.open_array(self._folder, _array_folder(name, entry))
 
     @property
@@ -157,6 +161,8 @@ def _config(checkpoint: Checkpoint) -> ModelConfig:
     def shape(name: str) -> tuple[int, ...]:
         if name not in shapes:
             raise UserError(f"{where} does not hold '{name}', which a T5 has")
+        if len(shapes[name]) != 2:
+            raise UserError(f"tensor '{name}' in {where} has shape {shapes[name]}, not two axes")
         return shapes[name]
 
     vocab_size, d_model = shape("token_embedder/embedding")
@@ -167,23 +173,26 @@ def _config(checkpoint: Checkpoint) -> ModelConfig:
     if num_heads < 1 or joint % num_heads:
         raise UserError(f"{where} has {num_heads} heads for queries of width {joint}")
     tied = "decoder/logits_dense/kernel" not in shapes
-    config = ModelConfig(
-        name=where.name,
-        vocab_size=vocab_size,
-        num_pieces=num_pieces(vocab_size),
-        d_model=d_model,
-        num_heads=num_heads,
-        head_dim=joint // num_heads,
-        d_ff=d_ff,
-        num_encoder_layers=_depth(shapes, "encoder"),
-        num_decoder_layers=_depth(shapes, "decoder"),
-        activation="gelu_new" if gated else "relu",
-        gated=gated,
-        tie_embeddings=tied,
-        relative_buckets=buckets,
-    )
     stated = gin.read(where if where.is_dir() else where.parent)
-    return dataclasses.replace(config, **gin.checked(stated, config, str(where)))
+    try:
+        config = ModelConfig(
+            name=where.name,
+            vocab_size=vocab_size,
+            num_pieces=num_pieces(vocab_size),
+            d_model=d_model,
+            num_heads=num_heads,
+            head_dim=joint // num_heads,
+            d_ff=d_ff,
+            num_encoder_layers=_depth(shapes, "encoder"),
+            num_decoder_layers=_depth(shapes, "decoder"),
+            activation="gelu_new" if gated else "relu",
+            gated=gated,
+            tie_embeddings=tied,
+            relative_buckets=buckets,
+        )
+        return dataclasses.replace(config, **gin.checked(stated, config, str(where)))
+    except FieldError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _depth(shapes: Mapping[str, Any], stack: str) -> int:
@@ -195,7 +204,7 @@ def _is_entry(value: Any) -> bool:
     """An array, a spec of TensorStore's, or the name of an array beside the file."""
     if isinstance(value, Mapping):
         return {"driver", "kvstore"} <= set(value)
-    return isinstance(value, TensorInfo) or (
+    return isinstance(value, TensorInfo | Unreadable) or (
         isinstance(value, str) and value.startswith(_PLACEHOLDER)
     )
 

@@ -1,9 +1,11 @@
-"""What every reader says when a checkpoint does not hold the tensors that its config asks for."""
+"""What every reader and writer says of tensors: missing, too many, misshapen, too large."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Protocol
+
+import numpy as np
 
 from distillspec_jax.errors import UserError
 
@@ -33,6 +35,19 @@ def check_tensors(
                 f"tensor '{name}' in {where} has shape {tuple(found[name].shape)}, its config "
                 f"asks for {tuple(shape)}"
             )
+
+
+def stored_as(dtype: np.dtype, array: np.ndarray, name: str) -> np.ndarray:
+    """The tensor `name` in the dtype of a file; UserError if a number becomes infinite."""
+    with np.errstate(over="ignore"):
+        stored = array.astype(dtype)
+    if stored.dtype != array.dtype and (np.isfinite(array) & ~np.isfinite(stored)).any():
+        largest = float(np.abs(array[np.isfinite(array)]).max())
+        raise UserError(
+            f"tensor '{name}' holds {largest:.3g}, more than {dtype} can hold; store the model in "
+            "another dtype"
+        )
+    return stored
 
 
 def _listed(names: list[str]) -> str:

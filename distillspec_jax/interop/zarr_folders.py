@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def open_array(parent: Path, name: str) -> ZarrArray:
     folder = parent / name
     if Path(name).name != name or name in ("", ".", ".."):
         raise UserError(f"{parent} names an array '{name[:120]}' that is not a plain folder in it")
-    if folder.is_symlink() or not folder.is_dir():
+    # os.path, for Path raises where a name is too long for a file
+    if os.path.islink(folder) or not os.path.isdir(folder):
         raise UserError(f"{parent} names the array '{name[:120]}', which is not there as a folder")
     metadata = read_json_object(folder, ".zarray")
     shape, chunks, dtype = metadata.get("shape"), metadata.get("chunks"), metadata.get("dtype")

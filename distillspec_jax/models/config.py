@@ -9,6 +9,30 @@ from distillspec_jax.errors import UserError, unknown_name
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu")
 DTYPES = ("float32", "bfloat16")  # of compute
+_LEAST = {
+    "vocab_size": 1,
+    "d_model": 1,
+    "num_heads": 1,
+    "head_dim": 1,
+    "d_ff": 1,
+    "num_encoder_layers": 0,
+    "num_decoder_layers": 1,
+    "relative_buckets": 4,  # an encoder halves them by sign, and half of the rest are exact
+    "pad_id": 0,
+    "eos_id": -1,  # nothing ends a text
+    "decoder_start_id": 0,
+}
+
+
+class FieldError(UserError):
+    """A field of a ModelConfig holds what no model can have.
+
+    Who reads a file may say it again by the name that the field has there.
+    """
+
+    def __init__(self, model: str, field: str, value: Any, must: str) -> None:
+        super().__init__(f"{field} of model '{model}' is {value!r:.60}, must be {must}")
+        self.field, self.value, self.must = field, value, must
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +62,7 @@ class ModelConfig:
     layer_norm_epsilon: float = 1e-6
     dropout_rate: float = 0.0
     pad_id: int = 0
-    eos_id: int = 1
+    eos_id: int = 1  # -1, which no stored model has: nothing ends a text
     decoder_start_id: int = 0
     dtype: str = "float32"  # of activations and matrix products; softmax, norms, logits: float32
 
@@ -46,19 +70,30 @@ class ModelConfig:
         if self.activation not in ACTIVATIONS:
             raise unknown_name("activation", self.activation, ACTIVATIONS, f"model '{self.name}'")
         check_dtype(self.dtype, f"model '{self.name}'")
-        sizes = ("vocab_size", "d_model", "num_heads", "head_dim", "d_ff", "num_decoder_layers")
-        for field in sizes:
-            if getattr(self, field) < 1:
-                raise UserError(f"{field} of model '{self.name}' must be at least 1")
-        if not 0 <= self.num_pieces <= self.vocab_size:
-            raise UserError(
-                f"num_pieces of model '{self.name}' is {self.num_pieces}, must be within "
-                f"0 and vocab_size = {self.vocab_size}"
-            )
+        for field, least in _LEAST.items():
+            self._check(field, getattr(self, field) >= least, f"at least {least}")
+        for field in ("pad_id", "eos_id", "decoder_start_id"):
+            is_row = getattr(self, field) < self.vocab_size
+            self._check(field, is_row, f"less than vocab_size = {self.vocab_size}")
+        for field in ("layer_norm_epsilon", "dropout_rate"):
+            is_share = 0 <= getattr(self, field) < 1
+            self._check(field, is_share, "at least 0 and less than 1")
+        exact = self.relative_buckets // 2
+        self._check(
+            "relative_max_distance",
+            self.relative_max_distance > exact,
+            f"more than {exact}, half of the buckets",
+        )
+        is_part = 0 <= self.num_pieces <= self.vocab_size
+        self._check("num_pieces", is_part, f"within 0 and vocab_size = {self.vocab_size}")
         if self.num_pieces == 0:
             object.__setattr__(self, "num_pieces", self.vocab_size)
         if self.scale_logits is None:
             object.__setattr__(self, "scale_logits", self.tie_embeddings)
+
+    def _check(self, field: str, is_right: bool, must: str) -> None:
+        if not is_right:
+            raise FieldError(self.name, field, getattr(self, field), must)
 
     def as_stored(self) -> dict[str, Any]:
         """The fields that go with weights: what one run computed in is no property of them."""
@@ -81,3 +116,9 @@ def check_dtype(dtype: str, where: str) -> None:
     """Refuses a dtype that no model computes in."""
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES, where)
+
+
+def check_has_end(eos_id: int, where: str) -> None:
+    """Refuses a model whose texts nothing ends: it is for measuring, not for files."""
+    if eos_id < 0:
+        raise UserError(f"{where} has eos_id {eos_id}, must be the id of a piece")

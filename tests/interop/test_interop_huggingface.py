@@ -1,5 +1,6 @@
 """Hugging Face folders: bit-exact both ways, every field of the config counted or refused."""
 
+import functools
 import json
 import os
 
@@ -12,8 +13,11 @@ from distillspec_jax import zoo
 from distillspec_jax.errors import UserError
 from distillspec_jax.interop import folders, huggingface, huggingface_config, layout
 from distillspec_jax.models.config import ModelConfig
+from distillspec_jax.models.transformer import score
 
-ALL_CASES = range(14)
+ODD_CASES = (0, 5, 9)  # tied without scaled logits, or scaled without being tied
+USUAL_CASES = sorted({*range(14)} - {*ODD_CASES})
+FINAL_NORM = "decoder.final_layer_norm.weight"
 
 
 @pytest.fixture
@@ -43,7 +47,7 @@ def refused(folder, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("index", ALL_CASES)
+@pytest.mark.parametrize("index", USUAL_CASES)
 def test_round_trip_is_bit_exact(tmp_path, make_folder, index):
     _, tensors = make_folder(tmp_path / "in", index)
     model, params = zoo.load(tmp_path / "in")
@@ -55,6 +59,48 @@ def test_round_trip_is_bit_exact(tmp_path, make_folder, index):
     again, again_params = zoo.load(tmp_path / "out")
     assert again.config == ModelConfig(**vars(model.config) | {"name": "out"})
     jax.tree.map(np.testing.assert_array_equal, params, again_params)
+
+
+@pytest.mark.parametrize("index", ODD_CASES)
+def test_an_export_means_the_same_to_transformers_4_and_5(tmp_path, make_folder, index):
+    """4 has one flag for what is tied and what is scaled, so the scale moves into the last norm."""
+    _, tensors = make_folder(tmp_path / "in", index)
+    model, params = zoo.load(tmp_path / "in")
+    assert model.config.scale_logits is not model.config.tie_embeddings
+    huggingface.save(model, params, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["tie_word_embeddings"] is written["scale_decoder_outputs"]
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == tensors.keys()
+    for name in tensors.keys() - {FINAL_NORM}:
+        np.testing.assert_array_equal(found[name].view(np.uint32), tensors[name].view(np.uint32))
+
+    rng = np.random.default_rng(0)
+    inputs, targets = rng.integers(2, 50, (2, 3, 7), dtype=np.int32)
+
+    def logits(model, params):
+        return np.asarray(jax.jit(functools.partial(score, model))(params, inputs, targets))
+
+    before = logits(model, params)
+    tolerance = 2e-6 * np.abs(before).max()
+    for scale in (written["scale_decoder_outputs"], "absent"):  # as 5 reads it, and as 4 does
+        edit(tmp_path / "out", scale_decoder_outputs=scale)
+        again = zoo.load(tmp_path / "out")
+        assert again[0].config.tie_embeddings is model.config.tie_embeddings
+        np.testing.assert_allclose(logits(*again), before, rtol=0, atol=tolerance)
+
+
+def test_the_scale_of_an_mt5_is_that_of_the_transformers_that_wrote_it(tmp_path, make_folder):
+    make_folder(tmp_path / "x", 5)  # an mT5, tied
+
+    def is_scaled(**fields):
+        edit(tmp_path / "x", **fields)
+        return zoo.load(tmp_path / "x")[0].config.scale_logits
+
+    assert not is_scaled()
+    assert not is_scaled(transformers_version="5.24.0")
+    assert is_scaled(transformers_version="4.57.1")
+    assert not is_scaled(tie_word_embeddings="absent")  # 4 ties an mT5 only where it is told to
 
 
 def test_half_precision_files_round_trip(folder, tmp_path):
@@ -73,6 +119,17 @@ def test_half_precision_files_round_trip(folder, tmp_path):
         assert same
         for name in same:
             np.testing.assert_array_equal(found[name], stored[name])
+
+
+def test_a_number_that_the_dtype_cannot_hold_is_refused(folder, tmp_path):
+    model, params = zoo.load(folder)
+    params["decoder"]["final_norm"]["scale"] *= 1e6
+    with pytest.raises(UserError, match=rf"'{FINAL_NORM}' holds .*e\+06, more than float16 can"):
+        huggingface.save(model, params, tmp_path / "x", dtype="float16")
+    assert not (tmp_path / "x").exists()
+    huggingface.save(model, params, tmp_path / "x", dtype="bfloat16")
+    params["decoder"]["final_norm"]["scale"] *= np.inf  # was so before: a draft that diverged
+    huggingface.save(model, params, tmp_path / "y", dtype="float16")
 
 
 def test_shards_hold_what_one_file_holds(folder, tmp_path):
@@ -148,6 +205,22 @@ def test_an_untied_model_without_its_output_matrix_is_refused(folder):
     refused(folder, r"lacks 1 tensor \(lm_head.weight\)")
 
 
+def test_only_a_tied_output_matrix_stands_in_for_the_embedding(folder):
+    rewrite(folder, lambda tensors: tensors.pop("shared.weight"))
+    edit(folder, tie_word_embeddings=False)
+    refused(folder, r"/t5 .*lacks 1 tensor \(shared.weight\)")
+    edit(folder, tie_word_embeddings=True)
+    model, params = zoo.load(folder)
+    assert model.config.tie_embeddings
+    stored = load_file(folder / "model.safetensors")["lm_head.weight"]
+    np.testing.assert_array_equal(params["embedding"], stored)
+
+
+def test_dropout_that_is_not_told_is_that_of_t5(folder):
+    edit(folder, dropout_rate="absent")
+    assert zoo.load(folder)[0].config.dropout_rate == 0.1
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -177,6 +250,12 @@ def test_an_untied_model_without_its_output_matrix_is_refused(folder):
         ({"relative_attention_max_distance": 3}, "relative_attention_max_distance 3"),
         ({"relative_attention_num_buckets": 2}, "relative_attention_num_buckets 2"),
         ({"layer_norm_epsilon": "tiny"}, "layer_norm_epsilon 'tiny'"),
+        ({"layer_norm_epsilon": -1.0}, "config.json has layer_norm_epsilon -1.0, must be"),
+        ({"dropout_rate": 7.5}, "config.json has dropout_rate 7.5, must be"),
+        ({"dropout_rate": 10**400}, "dropout_rate 1000.*, must be"),
+        ({"eos_token_id": 999}, "eos_token_id 999, must be less than vocab_size"),
+        ({"decoder_start_token_id": 999}, "decoder_start_token_id 999, must be less than"),
+        ({"pad_token_id": 999}, "pad_token_id 999, must be less than"),
         ({"eos_token_id": [1, 2]}, "eos_token_id"),
         ({"pad_token_id": -1}, "pad_token_id -1"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings 'no'"),
@@ -206,6 +285,9 @@ def test_special_ids_may_come_from_generation_config_but_not_differ(folder):
     assert zoo.load(folder)[0].config.decoder_start_id == 5
     edit(folder, decoder_start_token_id=4)
     refused(folder, "decoder_start_token_id 4, generation_config.json beside it 5")
+    edit(folder, decoder_start_token_id="absent")
+    generation.write_text(json.dumps({"decoder_start_token_id": 999}))
+    refused(folder, "generation_config.json beside .* has decoder_start_token_id 999, must be")
 
 
 def test_config_that_is_no_json_object(folder):
@@ -275,6 +357,8 @@ def reindex(folder, change):
             "not there: no.saf",
         ),
         (lambda i: i["weight_map"].update({"x": "../model-00001"}), "not there"),
+        (lambda i: i["weight_map"].update({"x": "x" * 300}), "not there: xxx"),
+        (lambda i: i["weight_map"].update({"x": "a\0b"}), "not there"),
         (lambda i: i["weight_map"].update({"x": 3}), "no weight_map"),
         (lambda i: i.pop("weight_map"), "no weight_map"),
         (lambda i: i["weight_map"].pop("shared.weight"), "disagree about where.*shared.weight"),
@@ -317,6 +401,25 @@ def test_nothing_is_overwritten_and_nothing_half_written(folder, tmp_path):
     with pytest.raises(ValueError, match="cannot reshape"):
         huggingface.save(model, broken, tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t5"]
+
+
+def test_a_place_within_a_file_is_refused(tmp_path):
+    """A folder that cannot be made, and a link that a folder cannot replace."""
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for place, message in (
+        ("file", "exists already"),
+        ("file/x", "file/x cannot be made: .*/file is not a folder"),
+        ("file/x/y", "file/x/y cannot be made: .*/file is not a folder"),
+        ("link", "exists already"),
+        ("link/x", "link/x cannot be made: .*/link is not a folder"),
+        ("/", "/ exists already"),
+    ):
+        with pytest.raises(UserError, match=message), folders.new_folder(tmp_path / place):
+            pass
+    with folders.new_folder(tmp_path / "x" / "y"):
+        pass
+    assert (tmp_path / "x" / "y").is_dir()
 
 
 def test_a_folder_is_there_when_it_is_whole(tmp_path):

@@ -208,18 +208,67 @@ def test_gin_tells_the_activation_and_must_agree(tmp_path):
     text = "network.T5Config.{}\nnetwork.T5Config.dropout_rate = %DROPOUT\n"
     gin.write_text(text.format("mlp_activations = ('silu', 'linear')"))
     assert zoo.load(tmp_path)[0].config.activation == "silu"
-    gin.write_text(text.format("dropout_rate = 0.25"))
-    assert zoo.load(tmp_path)[0].config.dropout_rate == 0.25
+    gin.write_text(text.format("dropout_rate = 0.5") + "DROPOUT = 0.25\n")
+    assert zoo.load(tmp_path)[0].config.dropout_rate == 0.25  # the last one counts
     for line, message in (
         ("mlp_activations = ('tanh', 'linear')", "mlp_activations .*not supported"),
         ("mlp_activations = ('relu',)", "mlp_activations .*not supported"),
         ("num_heads = 5", "num_heads = 5, its tensors say 3"),
         ("logits_via_embedding = True", "logits_via_embedding = True, its tensors say False"),
+        ("emb_dim = 7\nDROPOUT = 7.0", "emb_dim = 7, its tensors say 10"),
+        ("num_heads = 3\nDROPOUT = 7.0", "/checkpoint_1: dropout_rate .* is 7.0, must be"),
     ):
         gin.write_text(text.format(line))
         refused(tmp_path, message)
-    gin.write_text("network.T5Config.mlp_activations = __import__('os').system('false')")
-    assert zoo.load(tmp_path)[0].config.activation == "gelu_new"
+    gin.write_text("network.T5Config.emb_dim = %SIZE")  # what shapes tell need not be read
+    assert zoo.load(tmp_path)[0].config.d_model == D
+
+
+MLP = "network.T5Config.mlp_activations"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{MLP} = ('silu', 'linear')  # not ('gelu', 'linear')\n",
+        f"{MLP} = ('silu',  # gated\n    'linear')\n",
+        f"{MLP} = [\n    'silu',\n\n    'linear',\n]\nx.y = 3\n",
+        f"{MLP} = \\\n    ('silu', \\\n    'linear')\n",
+        f"{MLP} = %ACT\nACT = %OTHER\nOTHER = \\\n  ('silu', 'linear')\n",
+        f"decoder/{MLP} = ('silu', 'linear')\n",
+        f"a/b/{MLP} = ('silu', 'linear')\n{MLP} = ('silu', 'linear')\n",
+        f"{MLP} = ('gelu', 'linear')\n{MLP}=('silu', 'linear')",
+        "T5Config:\n  # of the MLP\n  emb_dim = 10\n\n  mlp_activations = (\n'silu',\n'linear')\n",
+        f"x.y = '#(['\n{MLP} = ('silu', 'linear')\n",
+        f"x.y = 'it\\'s ('\n{MLP} = ('silu', 'linear')\n",
+        f"it's no gin\n{MLP} = ('silu', 'linear')\n",
+        f"x.T5Config:\n  emb_dim = 10\nother.mlp_activations = 3\n{MLP} = ('silu', 'linear')\n",
+    ],
+)
+def test_gin_tells_the_activation_in_whatever_form(tmp_path, text):
+    write_msgpack(tmp_path / "checkpoint", parameters())
+    (tmp_path / "config.gin").write_text(text)
+    assert zoo.load(tmp_path)[0].config.activation == "silu"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"{MLP} = __import__('os').system('false')", r"__import__\('os'\).*, which only gin can"),
+        (f"{MLP} = @activations()", r"@activations\(\), which only gin can read"),
+        (f"{MLP} = %ACT", "%ACT, which only gin can read"),
+        (f"{MLP} = %A\nA = %B\nB = %A", "which only gin can read"),
+        (f"{MLP} = (%ACT,\n 'linear')\nACT = 'silu'", "which only gin can read"),
+        (f"{MLP} = ('silu', 'linear'", "which only gin can read"),
+        ("T5Config:\n  mlp_activations = ('silu', 'linear'", "which only gin can read"),
+        (f"x.y = (\n{MLP} = ('silu', 'linear')", "which only gin can read"),
+        (f"a/{MLP} = ('silu', 'linear')\n{MLP} = ('gelu', 'linear')", "and in another scope"),
+    ],
+)
+def test_an_activation_that_gin_alone_could_read_is_not_guessed(tmp_path, text, message):
+    write_msgpack(tmp_path / "checkpoint", parameters())
+    (tmp_path / "config.gin").write_text(text)
+    refused(tmp_path, f"gin says mlp_activations = .*{message}")
 
 
 def refused(path, message):
@@ -251,6 +300,27 @@ def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path):
         lambda f: f.update({"decoder/relpos_bias/rel_embedding": np.zeros((4, 8), "f")}),
         "4 heads for queries of width 15",
     )
+    for name in ("token_embedder/embedding", "decoder/layers_0/self_attention/query/kernel"):
+        flat = {name: np.zeros(3, "f")}
+        check(lambda f, flat=flat: f.update(flat), rf"'{name}' .* shape \(3,\), not two axes")
+    check(
+        lambda f: f.update({"decoder/relpos_bias/rel_embedding": np.zeros((3, 2), "f")}),
+        "relative_buckets .* is 2, must be at least 4",
+    )
+    many = f"decoder/layers_{'9' * 5000}/mlp/wo/kernel"
+    check(lambda f: f.update({many: np.zeros((F, D), "f")}), "too many")
+    check(
+        lambda f: f.update({"encoder/encoder_norm/scale": np.zeros(D, bool)}),
+        "'encoder/encoder_norm/scale' .* dtype 'bool', not a float",
+    )
+
+
+def test_a_dtype_that_no_parameter_has_may_lie_elsewhere(tmp_path):
+    tree = {"target": nested(parameters()), "state": {"skipped": np.zeros(3, bool)}}
+    data = serialization.msgpack_serialize({"flag": np.bool_(True), "optimizer": tree})
+    (tmp_path / "x").write_bytes(data)
+    found = zoo.load(tmp_path / "x")[1]["embedding"]
+    np.testing.assert_array_equal(found, tree["target"]["token_embedder"]["embedding"])
 
 
 def test_biases_per_layer_are_refused(tmp_path):
@@ -301,12 +371,19 @@ def test_a_folder_that_lies_is_refused(tmp_path):
 def test_a_spec_cannot_name_a_place_outside(tmp_path):
     flat = parameters()
     write_zarr(tmp_path / "c", flat)
-    for path in ("../../etc", "/etc", "a/b", ".."):
+    for path, message in (
+        ("../../etc", "not a plain folder in it"),
+        ("/etc", "not a plain folder in it"),
+        ("a/b", "not a plain folder in it"),
+        ("..", "not a plain folder in it"),
+        ("x" * 300, "not there as a folder"),
+        ("a\0b", "not there as a folder"),
+    ):
         tree = serialization.msgpack_restore((tmp_path / "c" / "checkpoint").read_bytes())
         target = tree["optimizer"]["target"]
         target["token_embedder"]["embedding"]["kvstore"]["path"] = path
         (tmp_path / "c" / "checkpoint").write_bytes(serialization.msgpack_serialize(tree))
-        refused(tmp_path / "c", "not a plain folder in it")
+        refused(tmp_path / "c", message)
 
 
 def test_files_that_are_no_checkpoint(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -83,6 +84,9 @@ def test_unknown_and_ambiguous_names(tmp_path, monkeypatch):
     (tmp_path / "cpu_draft" / "config.json").write_text('{"d_model": 3}')
     refused("./cpu_draft", "expected a run's workdir")
     refused("cpu_draft/config.json", "is a file of a model; give its folder")
+    refused("x" * 300, "unknown model 'xxx")
+    os.mkfifo(tmp_path / "pipe")
+    refused("./pipe", "no model at '.*/pipe': it is neither a file nor a folder")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -114,6 +118,15 @@ def test_native_folders_round_trip(tmp_path, tiny, dtype):
         ({"num_decoder_layers": 1}, "holds .*decoder/layers_1.* too many"),
         ({"d_ff": 9}, "has shape .* its config asks for"),
         ({"d_ff": None}, "d_ff is None, must be"),
+        ({"activation": "tanh"}, "config.json: unknown activation"),
+        ({"layer_norm_epsilon": -1.0}, "config.json: layer_norm_epsilon .* is -1.0, must be"),
+        ({"relative_max_distance": 16}, "config.json: relative_max_distance .* is 16, must be"),
+        ({"num_encoder_layers": -3}, "config.json: num_encoder_layers .* is -3, must be"),
+        ({"dropout_rate": 7.5}, "config.json: dropout_rate .* is 7.5, must be"),
+        ({"decoder_start_id": 999}, "config.json: decoder_start_id .* is 999, must be"),
+        ({"pad_id": 77}, "config.json: pad_id .* is 77, must be"),
+        ({"eos_id": 77}, "config.json: eos_id .* is 77, must be"),
+        ({"eos_id": -1}, "config.json has eos_id -1, must be the id of a piece"),
     ],
 )
 def test_a_native_config_that_does_not_fit_is_refused(tmp_path, tiny, fields, message):
@@ -122,6 +135,25 @@ def test_a_native_config_that_does_not_fit_is_refused(tmp_path, tiny, fields, me
     stored = json.loads(path.read_text())
     path.write_text(json.dumps(stored | {"model": stored["model"] | fields}))
     refused(tmp_path / "x", message)
+
+
+def test_a_model_whose_texts_nothing_ends_has_no_place_in_a_file(tmp_path, tiny):
+    model = zoo.model(dataclasses.replace(CONFIG, eos_id=-1))  # as a benchmark has it
+    for write in (
+        lambda: zoo.save_native(model, tiny[1], tmp_path / "x", {}),
+        lambda: orbax.save(model, tiny[1], tmp_path / "x", {}),
+        lambda: huggingface.save(model, tiny[1], tmp_path / "x"),
+    ):
+        with pytest.raises(UserError, match="model 'tiny' has eos_id -1, must be the id of"):
+            write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_number_that_the_dtype_cannot_hold_is_refused(tmp_path, tiny):
+    params = jax.tree.map(lambda leaf: 1e6 * leaf, tiny[1])
+    with pytest.raises(UserError, match=r"tensor 'embedding' holds .*e\+06, more than float16"):
+        zoo.save_native(tiny[0], params, tmp_path / "x", {}, dtype="float16")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_native_folders_that_are_refused(tmp_path, tiny):
@@ -196,6 +228,17 @@ def test_damaged_runs_are_refused(tmp_path, tiny):
         (step / text).write_text(json.dumps(stored))
 
     refused(damaged(other_shape), "has shape .* its config asks for")
+    run = damaged(lambda step: (step / text).write_text("[" * 10**5))
+    refused(run / "checkpoints" / "0", "description cannot be read")
+
+
+@pytest.mark.parametrize("linked", ["params", "params/d", "description", "description/metadata"])
+def test_links_out_of_a_run_are_refused(tmp_path, tiny, linked):
+    orbax.save(*tiny, tmp_path / "run", {})
+    path = tmp_path / "run" / "checkpoints" / "0" / linked
+    path.rename(tmp_path / "outside")
+    path.symlink_to(tmp_path / "outside")
+    refused(tmp_path / "run", f"checkpoints/0/{linked} is a link")
 
 
 @pytest.mark.parametrize("kind", ["preset", "native", "run"])
