@@ -44,7 +44,7 @@ def detected(environment: Mapping[str, str] = os.environ) -> tuple[str, int | No
 def number(environment: Mapping[str, str], key: str, default: str = "", *, least: int) -> int:
     """The number that a variable holds; UserError if it is none from `least` on."""
     text = environment.get(key, default)
-    if not text.isdigit() or int(text) < least:
+    if not text.isdecimal() or int(text) < least:
         raise UserError(f"{key} is {text!r}; give a number from {least}")
     return int(text)
 

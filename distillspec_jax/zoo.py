@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from distillspec_jax.data.vocabulary import Vocabulary, load_vocabulary
+from distillspec_jax.data.vocabulary import ForeignVocabulary, Vocabulary, load_vocabulary
 from distillspec_jax.errors import UserError, unknown_name
 from distillspec_jax.interop import huggingface, huggingface_config, native, orbax, t5x
 from distillspec_jax.interop.folders import read_json_object
@@ -124,7 +124,7 @@ def vocabulary_of(found: Found) -> Vocabulary | None:
     huggingface.tokenizer_files(found.path)  # refuses links out of the folder
     try:
         return load_vocabulary(found.path)
-    except UserError:  # no tokenizer, or of a kind that only transformers knows
+    except ForeignVocabulary:  # no tokenizer, or of a kind that only transformers knows
         return None
 
 

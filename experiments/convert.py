@@ -130,7 +130,7 @@ def _checked_flags() -> tuple[str, Path]:
 def _numbers(flag: flags.FlagHolder) -> Sequence[int] | None:
     if flag.value is None:
         return None
-    if not all(each.strip().isdigit() for each in flag.value):
+    if not all(each.strip().isdecimal() for each in flag.value):
         raise UserError(f"--{flag.name}={','.join(flag.value)} must be numbers, as 0,5,11")
     return [int(each) for each in flag.value]
 

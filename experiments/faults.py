@@ -146,7 +146,7 @@ def _newest(run: Path) -> int:
         names = os.listdir(run / FOLDER)
     except FileNotFoundError:
         return 0
-    return max((int(name) for name in names if name.isdigit()), default=0)
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def _report(workdir: Path, done: list[Interruption]) -> int | None:

@@ -167,7 +167,7 @@ class Checkpoints:
         except (OSError, ValueError) as error:  # TensorStore's are ValueError
             if hosts.is_of_engine(error) or not _NO_WRITING.search(str(error)):
                 raise
-            whole = sorted(int(p.name) for p in self._folder.glob("*") if p.name.isdigit())
+            whole = sorted(int(p.name) for p in self._folder.glob("*") if p.name.isdecimal())
             kept = f"the one of step {whole[-1]} is whole" if whole else "there is none before it"
             raise UserError(
                 f"a checkpoint could not be saved in {self._folder} ({_first_line(error)}); "
@@ -297,7 +297,7 @@ def chosen_step(workdir: Path) -> int:
     Raises UserError if there is no checkpoint.
     """
     folder = workdir / FOLDER
-    steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+    steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
     if not steps:
         raise UserError(f"there is no checkpoint in {folder}")
     best = [step for step in steps if _says_best(folder / str(step))]
@@ -378,7 +378,7 @@ def _says_best(checkpoint: Path) -> bool:
     metadata = checkpoint / "description" / "metadata"
     try:
         return bool(json.loads(metadata.read_text("utf-8"))["best"])
-    except (OSError, KeyError, json.JSONDecodeError):
+    except (OSError, LookupError, TypeError, ValueError, RecursionError):  # none that we wrote
         return False
 
 

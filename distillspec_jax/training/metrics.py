@@ -92,7 +92,7 @@ def _at_end(path: Path) -> TextIO:
 def _numbers(folder: Path) -> list[int]:
     """Of the event files in a folder, which TensorBoard reads in this order."""
     names = [path.name.split(".") for path in folder.glob("events.out.tfevents.*")]
-    return [int(parts[3]) for parts in names if parts[3].isdigit()]
+    return [int(parts[3]) for parts in names if parts[3].isdecimal()]
 
 
 class _Events:

@@ -293,6 +293,13 @@ def stories_model():
     return Path(zoo.__file__).parent / "data/vocabularies/arithmetic_stories.model"
 
 
+def test_a_broken_vocabulary_beside_the_weights_is_no_missing_one(tmp_path, random_model):
+    broken = {"spiece.model": b"broken"}
+    huggingface.save(*random_model(CONFIG), tmp_path / "x", extra_files=broken)
+    with pytest.raises(UserError, match=r"spiece\.model"):
+        zoo.describe(tmp_path / "x")
+
+
 def test_byt5_needs_no_vocabulary_file(tmp_path, random_model):
     config = dataclasses.replace(CONFIG, vocab_size=400, num_pieces=400)
     settings = {"tokenizer_config.json": b'{"tokenizer_class": "ByT5Tokenizer"}'}

@@ -115,6 +115,15 @@ def test_the_best_is_kept_over_a_restart(make_toy):
     assert chosen_step(toy.workdir) == 0
 
 
+@pytest.mark.parametrize("content", [b"[" * 9_999, b"\xff", b"[]", b'{"best": 1'])
+def test_a_description_that_cannot_be_read_says_nothing_of_the_best(make_toy, content):
+    toy = make_toy()
+    toy.run(steps=3, save_every=3, evaluate=False)
+    (toy.workdir / "checkpoints" / "3" / "description" / "metadata").write_bytes(content)
+    (toy.workdir / "checkpoints" / "²").mkdir()  # a digit, and no number
+    assert chosen_step(toy.workdir) == 3
+
+
 def test_chosen_step_is_the_newest_if_none_is_best(make_toy):
     toy = make_toy()
     save(toy, [2, 10])
