@@ -136,11 +136,10 @@ def _interrupted(number: int, frame: types.FrameType | None) -> None:
     What is written whole is kept, locks go with the process. Loops that save listen themselves.
     """
     del number, frame
-    sys.stdout.flush()
-    shown = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides the cursor
-    print(
-        f"{shown}\nstopped; the same command goes on or starts again", file=sys.stderr, flush=True
-    )
+    with contextlib.suppress(RuntimeError):  # it came in the middle of a print
+        sys.stdout.flush()
+    shown = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides the cursor
+    os.write(2, f"{shown}\nstopped; the same command goes on or starts again\n".encode())
     os._exit(INTERRUPTED)
 
 

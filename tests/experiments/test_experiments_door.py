@@ -1,10 +1,12 @@
 """The door: configs become dataclasses, and bad input becomes one sentence and exit code 2."""
 
 import dataclasses
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -330,6 +332,19 @@ def test_ctrl_c_stops_wherever_it_comes(tmp_path):
     out, err = job.communicate(timeout=30)
     assert (job.returncode, out) == (door.INTERRUPTED, "")
     assert err == "\nstopped; the same command goes on or starts again\n"
+
+
+def test_ctrl_c_in_the_middle_of_a_print_stops_as_well(monkeypatch):
+    def left(code):
+        raise SystemExit(code)
+
+    def reentrant():
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stdout>'>")
+
+    monkeypatch.setattr(os, "_exit", left)
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(flush=reentrant))
+    with pytest.raises(SystemExit, match=str(door.INTERRUPTED)):
+        door._interrupted(signal.SIGINT, None)
 
 
 def test_ctrl_c_may_end_a_wait_alone():
