@@ -9,12 +9,12 @@ import pytest
 from distillspec_jax.data.tasks import TaskConfig, load_task
 from distillspec_jax.decoding import speculative
 from distillspec_jax.models.presets import preset
-from experiments import benchmark, planning, planning_benchmark
+from experiments import benchmark, distill, planning, planning_benchmark
 from experiments.bench import load
 from experiments.benchmarks import decode, decode_plain, decode_products
 from experiments.benchmarks import distill as distilling
 
-TINY = distilling.Pair(target="cpu_target", draft="cpu_draft", batch_size=2, target_length=8)
+TINY = distilling.Pair(target="cpu_draft", draft="cpu_draft", batch_size=2, target_length=8)
 DECODE = decode.Config(
     peers=False,
     batch_sizes=(1, 3),
@@ -33,12 +33,11 @@ DECODE = decode.Config(
 )
 DISTILL = distilling.Config(
     trl_small=TINY,
-    torch=TINY,
     chunked=TINY,
     chunk=3,
     utilisation=dataclasses.replace(TINY, batch_size=3),
     compute_dtype="bfloat16",
-    parts=("trl_small", "torch", "chunked", "utilisation", "teacher"),
+    parts=("trl_small", "chunked", "utilisation", "teacher"),
     teacher_batch_sizes=(2, 1),
     teacher_length=5,
     teacher_gamma=2,
@@ -54,9 +53,16 @@ def decoding(live_arrays):
 
 
 @pytest.fixture(scope="module")
-def learning(live_arrays):
+def taught(models):
+    """The config with a small target that teaches."""
+    pair = {"teacher": str(models / "target"), "teacher_draft": str(models / "draft")}
+    return dataclasses.replace(DISTILL, **pair)
+
+
+@pytest.fixture(scope="module")
+def learning(live_arrays, taught):
     before = live_arrays()
-    outlines = list(planning_benchmark.of_distill(DISTILL))
+    outlines = list(planning_benchmark.of_distill(taught))
     assert live_arrays() == before
     return dict(zip(DISTILL.parts, outlines, strict=True))
 
@@ -105,7 +111,7 @@ def test_products_are_the_weights_of_a_decoder(decoding):
     assert decoding["products"].weights == size(weights)
 
 
-@pytest.mark.parametrize("part", ["trl_small", "torch", "chunked", "utilisation"])
+@pytest.mark.parametrize("part", ["trl_small", "chunked", "utilisation"])
 def test_steps_are_planned_as_they_are_timed(learning, part):
     outline, steps = learning[part], distilling.steps_of(DISTILL, part, 0)
     assert [program.name for program in outline.programs] == list(steps)
@@ -115,11 +121,11 @@ def test_steps_are_planned_as_they_are_timed(learning, part):
     assert outline.dtype == ("bfloat16" if part == "utilisation" else "float32")
 
 
-def test_what_a_target_teaches_is_planned_as_it_is_timed(learning):
+def test_what_a_target_teaches_is_planned_as_it_is_timed(learning, taught):
     task = load_task(TaskConfig())
-    target, draft = load(DISTILL.teacher, task), load(DISTILL.teacher_draft, task)
+    target, draft = load(taught.teacher, task), load(taught.teacher_draft, task)
     models = target.model, target.params, draft.model, draft.params
-    calls = distilling.taught(DISTILL, *models, distilling._stories(2, 0), 0)
+    calls = distilling.taught(taught, *models, distilling._stories(2, 0), 0)
     assert [program.name for program in learning["teacher"].programs] == list(calls)
     for program, call in zip(learning["teacher"].programs, calls.values(), strict=True):
         assert program.lowered.as_text() == call.func.lower(*call.args).as_text()
@@ -138,8 +144,12 @@ def test_one_part_that_does_not_fit_is_enough(capsys):
     assert out.splitlines()[-1].startswith("fits: 0.00 of 0.005 GiB")  # the products
 
 
-def test_the_other_benchmarks(capsys):
+def test_the_other_benchmarks(capsys, monkeypatch):
+    def planner(prepare, pauses):
+        return lambda run, memory: print(prepare, pauses, run.batch_size, memory)
+
+    monkeypatch.setattr(planning, "planner", planner)
     assert planning_benchmark.plan(benchmark.BenchmarkConfig(benchmark="scaling"), 1.0) is None
     assert "allocates nothing" in capsys.readouterr().out
     assert planning_benchmark.plan(benchmark.BenchmarkConfig(benchmark="loop"), 1.0) is None
-    assert "a step: 16 rows of up to 40 + 56 tokens" in capsys.readouterr().out
+    assert capsys.readouterr().out == f"{distill.prepare} {planning.trial} 16 1.0\n"

@@ -8,12 +8,7 @@ import pytest
 from absl import flags
 
 from distillspec_jax import zoo
-from experiments import (
-    convert,
-    door,
-    planning,
-    planning_decoding,
-)
+from experiments import convert, distill, door, faults, planning, planning_decoding
 
 ROOT = Path(__file__).resolve().parents[2]
 DRAFT = "stories-draft"  # its caches are not as large as those of the target
@@ -56,10 +51,16 @@ def test_a_report_holds_nothing(leave, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_run_of_faults_is_planned(leave, tmp_path):
-    code, out, err = leave(run_as_main("faults"), f"--workdir={tmp_path / 'run'}", "--plan")
+def test_the_run_of_faults_is_planned(leave, tmp_path, monkeypatch):
+    def planner(prepare, pauses):
+        return lambda run, memory: print(prepare, pauses, run.batch_size, memory)
+
+    monkeypatch.setattr(planning, "planner", planner)
+    run = lambda: door.run_flags(faults.main, plan=faults.plan, has_workdir=True)  # noqa: E731
+    flags = f"--workdir={tmp_path / 'run'}", "--plan", "--device_memory_gib=2"
+    code, out, err = leave(run, *flags)
     assert (code, err) == (None, "")
-    assert "a step: 4 rows of up to 40 + 56 tokens, 384 in all" in out
+    assert out == f"{distill.prepare} {planning.trial} 4 2.0\n"
     assert not (tmp_path / "run").exists()
 
 
