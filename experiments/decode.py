@@ -151,8 +151,8 @@ def _announce(decoder: Decoder) -> None:
             print(f"{key} {value:g}")
         if config.num_drafts > 1:
             print(f"{config.num_drafts} drafts")
-        if not config.lenience.is_exact and config.temperature > 0:
-            print(f"lenience {config.lenience.epsilon:g}: the texts are not of the target's law")
+        if lenience := _of_lenience(config):
+            print(f"lenience {lenience['lenience']:g}: the texts are not of the target's law")
         legend = Text("colours: ")
         for origin, word in ORIGINS.items():
             legend.append(f"{word} ", STYLES[origin])
@@ -188,9 +188,12 @@ def _summary(
 
 
 def _of_lenience(config: DecodeConfig) -> dict[str, Any]:
-    """What makes texts another law's: `lenience` and its kind, as `evaluate` names them."""
+    """What makes texts another law's: `lenience` and its kind, as `evaluate` names them.
+
+    Nothing at temperature 0, where nothing can be relaxed.
+    """
     lenience = config.lenience
-    if lenience.is_exact:
+    if lenience.is_exact or config.temperature == 0:
         return {}
     return {"lenience": lenience.epsilon, "lenience_kind": lenience.kind}
 

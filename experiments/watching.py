@@ -17,7 +17,7 @@ from distillspec_jax.decoding.sampling import Sampling
 from distillspec_jax.decoding.speculative import speculative_sample
 from distillspec_jax.errors import UserError
 from distillspec_jax.evaluation.intervals import ratio
-from distillspec_jax.evaluation.quality import quality
+from distillspec_jax.evaluation.quality import has_references, quality
 from distillspec_jax.models.transformer import Transformer
 from experiments.bench import Loaded
 
@@ -48,6 +48,8 @@ def make_quality(
         for batch, kept in zip(batches, real, strict=True)
         for text in texts(batch.targets, kept)
     ]
+
+    has_references(task.metric, references)  # refused before the first step, not after it
 
     def watch(params: Any) -> dict[str, float]:
         answers: list[str] = []

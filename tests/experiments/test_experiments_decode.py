@@ -237,9 +237,12 @@ def test_texts_of_another_law_are_said_to_be(run):
     found = summary(folder)
     assert (found["lossless"], found["lenience"]) == (False, 0.5)
     assert found["lenience_kind"] == "linear"
-    _, out, _, folder = run(*flags, workdir="exact", temperature=1.0)
-    assert "lenience" not in out
-    assert "lenience" not in summary(folder)
+    exact = {"exact": {"temperature": 1.0}, "greedy": {"temperature": 0.0, "lenience": lenience}}
+    for name, changes in exact.items():
+        _, out, _, folder = run(*flags, workdir=name, **changes)
+        assert "lenience" not in out
+        assert "lenience" not in summary(folder)
+        assert summary(folder)["lossless"] is True
 
 
 def test_a_seed_that_is_none_is_refused(run):

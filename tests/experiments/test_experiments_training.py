@@ -448,3 +448,15 @@ def test_quality_of_answers_is_of_real_rows_alone(models, stories, monkeypatch):
     task = SimpleNamespace(vocabulary=vocabulary, metric="exact_match_number", target_length=57)
     watch = watching.make_quality(load_model(models / "draft").model, task, batches)
     assert watch(None) == {"quality": 100.0}
+
+
+def test_references_that_the_metric_cannot_read_are_refused_before_a_step(stories):
+    vocabulary = load_vocabulary("arithmetic_stories")
+    examples = JsonlExamples(stories / "validation.jsonl")[:3]
+    [batch] = pipeline.eval_batches(
+        examples, vocabulary, batch_size=3, input_length=41, target_length=57
+    )
+    batch.targets[1] = vocabulary.pad_id
+    task = SimpleNamespace(vocabulary=vocabulary, metric="exact_match_number", target_length=57)
+    with pytest.raises(UserError, match="1 of 3 references are empty, the first is number 1"):
+        watching.make_quality(None, task, [batch])
