@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from distillspec_jax.data.batch import Batch
+from distillspec_jax.distill import divergences
 from distillspec_jax.distill.step import make_update
 from distillspec_jax.errors import UserError
 from distillspec_jax.evaluation.latency import Timing
@@ -162,6 +163,70 @@ def test_the_torch_baseline_learns_by_our_loss(monkeypatch):
         state, metrics = update(state, params["target"], batch)
         losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
     assert losses == [pytest.approx(theirs(), rel=1e-5) for _ in losses]
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("default")
+def test_trl_takes_on_policy_steps_of_our_loss(monkeypatch):
+    """Of its own samples of the full length; what it minimises is JSD(1/2) of the two models."""
+    pytest.importorskip("trl")
+    import torch
+
+    from experiments.benchmarks import torch_distill
+
+    trainers, texts, logits = [], [], {}
+    build = torch_distill._trainer
+
+    def watched(*arguments):
+        trainer = build(*arguments)
+        trainers.append(trainer)
+        for name, module in (("draft", trainer.model), ("target", trainer.teacher_model)):
+
+            def keep(module, args, given, output, name=name):
+                if given["input_ids"].shape[1] > 1:  # not a step of the rollout
+                    logits[name] = output.logits.detach().numpy()
+                    texts.append(given["input_ids"].numpy())
+
+            module.register_forward_hook(keep, with_kwargs=True)
+        return trainer
+
+    monkeypatch.setattr(torch_distill, "_trainer", watched)
+    draft, target = (
+        ModelConfig(
+            name=name,
+            vocab_size=29,
+            d_model=8,
+            d_ff=16,
+            num_heads=2,
+            head_dim=4,
+            num_encoder_layers=0,
+            num_decoder_layers=layers,
+            tie_embeddings=True,
+        )
+        for name, layers in (("draft", 1), ("target", 2))
+    )
+    prompts = np.random.default_rng(3).integers(3, 29, (4, 5)).astype(np.int32)
+    calls = torch_distill.trl_calls(draft, target, prompts, 6)
+    [trainer] = trainers
+    of_target = [each.clone() for each in trainer.teacher_model.parameters()]
+
+    def weights():
+        return torch.cat([each.detach().flatten() for each in trainer.model.parameters()])
+
+    written = []
+    for _ in range(2):
+        before = weights().clone()
+        loss = calls["trl_step"]()
+        assert not torch.equal(weights(), before)
+        scored, again = texts[-2:]
+        assert scored.shape == (4, 11) and (scored[:, :5] == prompts).all()
+        assert (scored == again).all()
+        written.append(scored[:, 5:])
+        p, q = (logits[name][:, 4:-1] for name in ("target", "draft"))
+        assert loss == pytest.approx(float(divergences.jsd(p, q, beta=0.5).mean()), rel=1e-4)
+    assert (written[0] != written[1]).any()
+    assert all(map(torch.equal, of_target, trainer.teacher_model.parameters()))
+    assert calls["trl_rollout"]().shape == (4, 11)
 
 
 TAUGHT = ("plain", "with_draft", "plain_step", "step_with_draft")
