@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# level 1: tiny programs take far longer to compile than to run
+# tiny programs take far longer to compile than to run; see also `_compile_as_needed`
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
 )
@@ -15,6 +16,7 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+HURRY = "jax_disable_most_optimizations"
 PEERS = ("torch", "transformers")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -35,6 +37,16 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         for mark in skips.keys() & {mark.name for mark in item.iter_markers()}:
             item.add_marker(pytest.mark.skip(reason=skips[mark]))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_as_needed(request):
+    """Optimises, at XLA's level 1, what the modules marked `samples` compile, and nothing else."""
+    before = jax.config.read(HURRY)
+    if request.node.get_closest_marker("samples"):
+        jax.config.update(HURRY, False)
+    yield
+    jax.config.update(HURRY, before)
 
 
 @pytest.fixture(scope="module", autouse=True)

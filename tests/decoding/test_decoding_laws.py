@@ -26,6 +26,8 @@ from distillspec_jax.decoding.multi_draft import k_seq_rule, smallest_rho
 from distillspec_jax.decoding.sampling import Sampling, process
 from distillspec_jax.decoding.verification import block_rule, greedy_rule, token_rule
 
+pytestmark = pytest.mark.samples
+
 EOS = 1
 PASS, FAIL = 0.0, 1e30  # uniforms of a test of K-SEQ
 NEVER_READ = np.nan  # what stands behind a row's draft

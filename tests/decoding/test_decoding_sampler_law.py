@@ -14,6 +14,8 @@ from distillspec_jax.decoding.sampling import STANDARD, Sampling, process
 from distillspec_jax.decoding.speculative import speculative_sample
 from distillspec_jax.models.transformer import score
 
+pytestmark = pytest.mark.samples
+
 SAMPLES, LENGTH = 100_000, 4
 PROMPT = np.array([[3, 6, 2]], np.int32)
 NARROW, WIDE = Sampling(0.8, top_k=5), Sampling(1.2, top_p=0.9)

@@ -219,7 +219,8 @@ def test_trl_takes_on_policy_steps_of_our_loss(monkeypatch):
         loss = calls["trl_step"]()
         assert not torch.equal(weights(), before)
         scored, again = texts[-2:]
-        assert scored.shape == (4, 11) and (scored[:, :5] == prompts).all()
+        assert scored.shape == (4, 11)
+        assert (scored[:, :5] == prompts).all()
         assert (scored == again).all()
         written.append(scored[:, 5:])
         p, q = (logits[name][:, 4:-1] for name in ("target", "draft"))
