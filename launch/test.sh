@@ -19,7 +19,7 @@ while [ $# -gt 0 ]; do
     --peers) extra+=,peers ;;
     --gpu)
       extra+=,cuda
-      export JAX_PLATFORMS=cuda,cpu
+      export JAX_PLATFORMS=cuda,cpu JAX_DISABLE_MOST_OPTIMIZATIONS=false
       arguments+=(-n 0 -m gpu) # one process: each takes most of the GPU's memory
       ;;
     --python)
