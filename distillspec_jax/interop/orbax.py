@@ -41,6 +41,8 @@ def describe(step: Path) -> dict[str, Any]:
         stored = handler.restore(step / "description", ocp.args.JsonRestore())
     except (OSError, ValueError, RecursionError) as error:  # the last: nested too deeply
         raise UserError(f"{step} is not a checkpoint: its description cannot be read") from error
+    finally:
+        handler.close()
     if not isinstance(stored, Mapping) or stored.get("format") != FORMAT:
         raise UserError(f"{step} is not a checkpoint of this project, format {FORMAT}")
     return dict(stored)
