@@ -63,10 +63,6 @@ def begin(layout, draft_table):
     return layout.born(make, fresh(DRAFT, layout, draft_table, 2)), target
 
 
-# half the time to compile, the same program otherwise
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
 def make_step(state):
     """The training step, which also tells what was sampled; not yet compiled."""
     rollout = make_rollout(DRAFT, TARGET, RECIPE, rollout_length=11)
@@ -94,7 +90,7 @@ def run(mesh_shape, draft_table="replicated"):
     with jax.set_mesh(layout.mesh):
         state, target = begin(layout, draft_table)
         lowered = make_step(state).lower(state, target, layout.place(batch_of(0)))
-        step, samples, losses = lowered.compile(QUICK), [], []
+        step, samples, losses = lowered.compile(), [], []
         for number in range(STEPS):
             state, (tokens, loss) = step(state, target, layout.place(batch_of(number)))
             samples.append(np.asarray(tokens))
