@@ -120,12 +120,15 @@ def blocks_along_texts(
 
     A block that starts at t drafts tokens t .. t + gamma - 1; the first that is not accepted ends
     the block as its correction, else token t + gamma is the bonus. With f_t the probability that
-    a block starts at t, calls = sum_t f_t, and over block starts that the end does not cut
+    a block starts at t, calls = sum_t f_t, and over blocks that no end cuts
     tokens / calls = 1 + sum_{k<=gamma} E prod_{j<=k} beta_j (PAPER section 6.23). Exact for token
-    verification where `accept` is `TeacherForced.accept`; sums over texts give tau.
+    verification where `accept` is `TeacherForced.accept`; sums over texts give tau. Only blocks
+    that start before T - gamma count: the limit of the texts cannot cut those, as it does not cut
+    what the sampler counts. (The first one counts always: of T <= gamma tau comes out too low.)
 
     Args:
-      accept: [B, T], probability that the token at each position was drafted and accepted.
+      accept: [B, T], probability that the token at each position was drafted and accepted; T is
+        the limit up to which texts were written.
       lengths: [B], tokens of each text; an accepted end-of-sequence ends block and text.
       gamma: drafted tokens per block, at least 1.
 
@@ -135,17 +138,18 @@ def blocks_along_texts(
     if gamma < 1:
         raise UserError(f"gamma is {gamma}, must be at least 1")
     batch_size, width = accept.shape
+    tokens, calls = np.zeros((2, batch_size))
     starts = np.zeros((batch_size, width + gamma + 1))
-    starts[:, 0] = lengths > 0
-    for t in range(width):
+    starts[:, 0] = 1
+    for t in range(max(1, width - gamma)):
         reach = starts[:, t] * (t < lengths)  # the block got this far without a rejection
-        starts[:, t] = reach
-        for k in range(gamma):
-            here = accept[:, t + k] if t + k < width else 0.0
+        calls += reach
+        for k in range(gamma + 1):
+            here = accept[:, t + k] if k < gamma and t + k < width else 0.0
+            tokens += reach * (t + k < lengths)
             starts[:, t + k + 1] += reach * (1 - here)
             reach = reach * here
-        starts[:, t + gamma + 1] += reach
-    return np.asarray(lengths, np.float64), starts[:, :width].sum(axis=1)
+    return tokens, calls
 
 
 def iid_block_efficiency(acceptance_rate: float, gamma: int) -> float:
@@ -177,7 +181,7 @@ class Counts:
     accepted, tested, emitted, calls: counted by the sampler.
     block_accepted, block_tested: read off the texts (`from_blocks`).
     overlap, text_tokens: sum of beta along the target's own text, and its length.
-    path_calls: target calls expected along that text (`blocks_along_texts`).
+    path_tokens, path_calls: expected along that text (`blocks_along_texts`).
     histogram: [prompts, gamma + 1], blocks by number of accepted tokens.
     """
 
@@ -189,6 +193,7 @@ class Counts:
     block_tested: np.ndarray
     overlap: np.ndarray
     text_tokens: np.ndarray
+    path_tokens: np.ndarray
     path_calls: np.ndarray
     histogram: np.ndarray
 
@@ -197,7 +202,7 @@ class Counts:
         """The columns of one draft from its real decoding and from the target's texts."""
         statistics = output.statistics
         block_accepted, block_tested = from_blocks(np.asarray(output.origins))
-        text_tokens, path_calls = blocks_along_texts(along.accept, along.lengths, gamma)
+        path_tokens, path_calls = blocks_along_texts(along.accept, along.lengths, gamma)
         return cls(
             accepted=np.asarray(statistics.accepted),
             tested=np.asarray(statistics.tested),
@@ -206,7 +211,8 @@ class Counts:
             block_accepted=block_accepted,
             block_tested=block_tested,
             overlap=along.overlap.sum(axis=1),
-            text_tokens=text_tokens,
+            text_tokens=along.lengths,
+            path_tokens=path_tokens,
             path_calls=path_calls,
             histogram=np.asarray(statistics.accepted_histogram),
         )
@@ -238,7 +244,7 @@ class Counts:
             **ratio(self.overlap, self.text_tokens).keys("acceptance_rate_overlap"),
             **ratio(self.block_accepted, self.block_tested).keys("acceptance_rate_blocks"),
             **self.block_efficiency.keys("block_efficiency"),
-            **ratio(self.text_tokens, self.path_calls).keys("block_efficiency_path"),
+            **ratio(self.path_tokens, self.path_calls).keys("block_efficiency_path"),
             "block_efficiency_iid": iid_block_efficiency(counted.value, gamma),
             "accepted_histogram": self.histogram.sum(
                 axis=tuple(range(self.histogram.ndim - 1))

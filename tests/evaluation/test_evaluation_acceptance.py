@@ -115,7 +115,7 @@ def test_constant_acceptance_gives_the_formula(beta, gamma):
 
 def test_certain_acceptances_cut_the_text_into_the_blocks_one_can_count():
     # accepted? y y n y y y n | gamma 2: [y y n] [y y y] [n] ; gamma 1: [yn would skip] see below
-    accept = np.array([[1, 1, 0, 1, 1, 1, 0, 9, 9]], float)
+    accept = np.array([[1, 1, 0, 1, 1, 1, 0, *[9] * 7]], float)
     lengths = np.array([7])
     assert blocks_along_texts(accept, lengths, 2)[1] == [3]
     # gamma 1: (0 1) (2) (3 4) (5 6): token 6 is a bonus, so its rejection is never asked for
@@ -143,67 +143,65 @@ def test_hard_and_easy_texts_are_weighted_by_their_blocks():
 
 
 class Chain:
-    """Target and draft as Markov chains over 3 tokens, end-of-sequence forced at `limit`."""
+    """Target and draft as Markov chains over 3 tokens, one of which is the end-of-sequence."""
 
-    def __init__(self, seed, limit):
+    def __init__(self, seed):
         rng = np.random.default_rng(seed)
-        self.limit = limit
         self.p, self.q = rng.dirichlet(np.ones(3), (2, 3))
 
     def rows(self, text):
-        if len(text) == self.limit - 1:
-            return np.eye(3)[EOS], np.eye(3)[EOS]
         last = text[-1] if text else 0
         return self.p[last], self.q[last]
 
-    def texts(self):
-        """Every text with its probability under the target."""
-        for length in range(1, self.limit + 1):
-            for body in itertools.product([0, 2], repeat=length - 1):
-                text, probability = (*body, EOS), 1.0
-                for t, token in enumerate(text):
-                    probability *= self.rows(text[:t])[0][token]
-                yield text, probability
+    def texts(self, limit):
+        """Every text up to the limit, which cuts some, with its probability under the target."""
+        for text in itertools.product(range(3), repeat=limit):
+            length = text.index(EOS) + 1 if EOS in text else limit
+            if not any(text[length:]):  # each text once, however it would be padded
+                laws = [self.rows(text[:t])[0] for t in range(length)]
+                drawn = np.prod([law[v] for law, v in zip(laws, text[:length], strict=True)])
+                yield text[:length], drawn
 
-    def expected_calls(self, text, gamma):
-        """Target calls from `text` on, by every draft token, acceptance and correction."""
-        if text and text[-1] == EOS:
-            return 0.0
+    def expected(self, text, gamma, before):
+        """Tokens and calls of the blocks from `text` on that start before a position, uncut.
+
+        By every draft token, acceptance and correction.
+        """
+        if EOS in text or len(text) >= before:
+            return np.zeros(2)
 
         def walk(drafted):
             whole = text + drafted
-            if whole and whole[-1] == EOS:
-                return 0.0
+            if EOS in whole:
+                return np.array([len(drafted), 0])
             p, q = self.rows(whole)
-
-            def calls_after(law):
-                return sum(
-                    law[v] * self.expected_calls((*whole, v), gamma) for v in range(3) if law[v]
-                )
-
+            block = np.array([len(drafted) + 1, 0])
+            last = [block + self.expected((*whole, v), gamma, before) for v in range(3)]
             if len(drafted) == gamma:
-                return calls_after(p)
+                return p @ last
             accepted = np.minimum(p, q)
-            further = sum(accepted[v] * walk((*drafted, v)) for v in range(3) if accepted[v])
-            return further + calls_after(p - accepted)  # mass of the residual: P(rejected)
+            further = [walk((*drafted, v)) for v in range(3)]
+            return accepted @ further + (p - accepted) @ last  # of what is left: P(rejected)
 
-        return 1.0 + walk(())
+        return np.array([0, 1]) + walk(())
 
 
 @pytest.mark.parametrize("gamma", [1, 2, 3])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_blocks_along_target_texts_are_those_of_speculative_decoding(seed, gamma):
-    chain = Chain(seed, limit=5)
-    calls = total = 0.0
-    for text, probability in chain.texts():
-        accept = np.zeros((1, 5))
+    """Also where the limit cuts texts: blocks are counted that it cannot cut."""
+    chain, limit = Chain(seed), 5
+    total, blocks = 0.0, np.zeros(2)
+    for text, probability in chain.texts(limit):
+        accept = np.zeros((1, limit))
         for t, token in enumerate(text):
             p, q = chain.rows(text[:t])
             accept[0, t] = min(1, q[token] / p[token])
-        calls += probability * blocks_along_texts(accept, np.array([len(text)]), gamma)[1][0]
+        along = blocks_along_texts(accept, np.array([len(text)]), gamma)
+        blocks += probability * np.concatenate(along)
         total += probability
     assert total == pytest.approx(1)
-    assert calls == pytest.approx(chain.expected_calls((), gamma), abs=1e-12)
+    np.testing.assert_allclose(blocks, chain.expected((), gamma, limit - gamma), atol=1e-12)
 
 
 def test_gamma_below_one_is_refused():
@@ -252,8 +250,8 @@ def test_blocks_tell_accepted_and_tested_without_the_counters():
 
 def counts(rows, gamma=3):
     output = output_of(rows, gamma)
-    length = int(output.lengths.max())
-    overlap = np.full((len(rows), length), 0.5) * (np.arange(length) < output.lengths[:, None])
+    limit = int(output.lengths.max()) + gamma  # which cuts nothing
+    overlap = np.full((len(rows), limit), 0.5) * (np.arange(limit) < output.lengths[:, None])
     return Counts.of(output, TeacherForced(overlap, overlap, output.lengths), gamma)
 
 
@@ -263,12 +261,20 @@ def test_keys_of_a_draft_by_hand():
     assert keys["acceptance_rate_overlap"] == pytest.approx(0.5)
     assert keys["block_efficiency"] == pytest.approx(14 / 6)
     # calls along texts of 8, 2 and 4 tokens, each of which is accepted with probability 1/2
-    assert keys["block_efficiency_path"] == 14 / (4.65625 + 1.5 + 2.5)
+    assert keys["block_efficiency_path"] == pytest.approx(14 / (4.65625 + 1.5 + 2.5))
     assert keys["block_efficiency_iid"] == pytest.approx(1 + 0.75 + 0.75**2 + 0.75**3)
     assert keys["accepted_histogram"] == [2, 1, 1, 2]
     assert keys["num_prompts"] == 3
     low, high = keys["block_efficiency_ci95"]
     assert low < keys["block_efficiency"] < high
+
+
+def test_the_block_that_the_limit_cuts_is_left_out_of_the_path():
+    accept = np.ones((1, 4))  # blocks of 3 tokens: a whole one, and one token of the next
+    along = TeacherForced(accept, accept, np.array([4]))
+    keys = Counts.of(output_of(ROWS[2:], 3), along, gamma=2).keys(2)
+    assert keys["block_efficiency_path"] == 3
+    assert keys["acceptance_rate_overlap"] == 1
 
 
 def test_seeds_are_stacked_in_front_of_prompts():
