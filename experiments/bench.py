@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -172,6 +174,11 @@ class Draft:
     def label(self) -> str:
         return f"{self.config.name}, seed {self.config.seed}"
 
+    @property
+    def shape(self) -> ModelConfig:
+        """All that decides what it costs: neither its name nor how it was trained."""
+        return dataclasses.replace(self.loaded.model.config, name="", dropout_rate=0.0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
@@ -180,6 +187,13 @@ class Prompts:
     inputs: np.ndarray
     row_ids: np.ndarray
     references: list[str]
+
+    @property
+    def digest(self) -> str:
+        """Hex sha256 of pieces and references: other data, other numbers."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.inputs).tobytes())
+        digest.update(json.dumps([self.inputs.shape, self.references]).encode())
+        return digest.hexdigest()
 
 
 def read_prompts(task: Task, split: str, count: int) -> Prompts:
@@ -225,7 +239,9 @@ class Bench:
         return list(dict.fromkeys(draft.config.name for draft in self.drafts))
 
     def seeds(self, name: str) -> list[Draft]:
-        return [draft for draft in self.drafts if draft.config.name == name]
+        """The drafts of a name by seed, so that gains pair the same seeds of two names."""
+        named = [draft for draft in self.drafts if draft.config.name == name]
+        return sorted(named, key=lambda draft: draft.config.seed)
 
     @property
     def lossless_temperatures(self) -> list[float]:
@@ -243,6 +259,11 @@ class Bench:
         """Sum and sum of squares of each model's parameters: other weights, other numbers."""
         moments = {name: _moments(loaded.params) for name, loaded in self.models.items()}
         return {name: [float(x) for x in pair] for name, pair in moments.items()}
+
+    def data(self) -> dict[str, str]:
+        """Digests of the prompts of the claim, and of those that choose gamma."""
+        sets = {"prompts": self.prompts, "tuning_prompts": self.tuning_prompts}
+        return {name: prompts.digest for name, prompts in sets.items() if prompts is not None}
 
     def plain(self, temperature: float, row_ids: jax.Array, inputs: jax.Array) -> Generation:
         """The target decodes a batch alone."""
@@ -310,8 +331,9 @@ def _moments(params: Params) -> jax.Array:
 def open_bench(config: EvaluateConfig, task: Task) -> Bench:
     """Loads the models, reads the prompts and checks every setting; nothing is written.
 
-    Raises UserError for models that fit neither each other nor the task's vocabulary, and for
-    settings that the sampler refuses.
+    Raises UserError for models that fit neither each other nor the task's vocabulary, for seeds of
+    several shapes, for a gamma tuned on prompts of the claim, and for settings that the sampler
+    refuses.
     """
     check_meeting(config.target, *(draft.path for draft in config.drafts))
     load_model = functools.partial(load, task=task, compute_dtype=config.compute_dtype)
@@ -320,6 +342,7 @@ def open_bench(config: EvaluateConfig, task: Task) -> Bench:
     prompts = read_prompts(task, config.split, config.num_prompts)
     tuning = None
     if config.tune and config.has_whole_blocks:
+        _check_apart(config, task)
         tuning = read_prompts(task, config.tuning_split, config.num_tuning_prompts)
     has_references(task.metric, prompts.references)  # before anything is decoded
     largest = max(config.timed_batch_sizes)
@@ -329,10 +352,41 @@ def open_bench(config: EvaluateConfig, task: Task) -> Bench:
             f"{len(prompts.row_ids)}: too few for a timed batch of {largest}"
         )
     bench = Bench(config, task, target, drafts, prompts, tuning)
+    _check_shapes(bench)
     for draft in drafts:
         for temperature, lenience in itertools.product(config.temperatures, config.lenience):
             bench.speculation(draft, Setting(draft.config.name, temperature, 1, lenience))
     return bench
+
+
+def _check_apart(config: EvaluateConfig, task: Task) -> None:
+    """Refuses to choose gamma on prompts of the claim."""
+
+    def sources(split: str, count: int) -> set[str]:
+        # not the texts: two honest splits may both hold one
+        examples = task.examples(split)[:count]
+        return {examples.where(index) for index in range(len(examples))}
+
+    claim = sources(config.split, config.num_prompts)
+    shared = claim & sources(config.tuning_split, config.num_tuning_prompts)
+    if shared:
+        raise UserError(
+            f"config.tuning_split '{config.tuning_split}' would choose gamma on {len(shared)} "
+            f"prompts that config.split '{config.split}' measures; take another tuning_split, or "
+            "say --config.tune=False"
+        )
+
+
+def _check_shapes(bench: Bench) -> None:
+    """Refuses seeds of one name that are models of different shapes: their costs differ."""
+    for name in bench.names:
+        first, *others = bench.seeds(name)
+        for other in others:
+            if other.shape != first.shape:
+                raise UserError(
+                    f"config.drafts has models of different shapes under the name '{name}': "
+                    f"'{first.loaded.path}' and '{other.loaded.path}'; give each its own name"
+                )
 
 
 class Runner:

@@ -12,6 +12,7 @@ target, or the target's bonus behind a block that was accepted whole.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -39,7 +40,7 @@ from experiments.decoder import (
     coloured,
     read_prompts,
 )
-from experiments.workdir import Workdir, write_json_lines
+from experiments.workdir import CONFIG, LOCK, Workdir, write_json_lines
 
 OUTPUTS, METRICS = "outputs.jsonl", "metrics.jsonl"
 
@@ -52,10 +53,15 @@ def main(config: DecodeConfig, workdir: Path) -> None:
     decoder = Decoder(config)
     # a prompt that is too long is refused before anything is written
     inputs = None if examples is None else decoder.encode(examples)
+    is_new = not workdir.exists()
     run = Workdir(workdir, "decode", config)
     _announce(decoder)
     if examples is None or inputs is None:
         answers, batches = _from_terminal(decoder)
+        if not answers:
+            if is_new:
+                _remove(run.path)
+            raise UserError("there was no prompt; give --prompts=FILE, --prompt=TEXT or lines")
     else:
         answers, batches = _from_examples(decoder, examples, inputs)
     write_json_lines(run.path / OUTPUTS, [answer.record() for answer in answers])
@@ -63,6 +69,14 @@ def main(config: DecodeConfig, workdir: Path) -> None:
     summary = _summary(config, answers, batches)
     run.write_summary(summary, seed=config.seed)
     _say(summary, run.path)
+
+
+def _remove(path: Path) -> None:
+    """Removes the folder of a run that came to nothing, but no folder of another run in it."""
+    for name in (CONFIG, LOCK):
+        (path / name).unlink()
+    with contextlib.suppress(OSError):  # not empty
+        path.rmdir()
 
 
 def _from_examples(
@@ -98,7 +112,6 @@ def _from_terminal(decoder: Decoder) -> tuple[list[Answer], list[dict[str, Any]]
 
     for line in _lines_of_terminal():
         try:
-            _check_utf8(line)
             prompt = Lines([line], "the prompt", decoder.config.prefix)
             inputs = decoder.encode(prompt)
             if inputs.shape not in compiled:
@@ -109,8 +122,6 @@ def _from_terminal(decoder: Decoder) -> tuple[list[Answer], list[dict[str, Any]]
             print(f"error: {error}", file=sys.stderr)
             continue
         _show(decoder, answers[-1:])
-    if not answers:
-        raise UserError("there was no prompt; give --prompts=FILE, --prompt=TEXT or lines")
     return answers, batches
 
 
@@ -129,13 +140,6 @@ def _lines_of_terminal() -> Iterator[str]:
             return
         if line.strip():
             yield line
-
-
-def _check_utf8(line: str) -> None:
-    try:
-        line.encode("utf-8")
-    except UnicodeEncodeError:  # Python lets other bytes of a terminal through as halves
-        raise UserError("the prompt is not UTF-8") from None
 
 
 def _announce(decoder: Decoder) -> None:
@@ -188,14 +192,18 @@ def _summary(
 
 
 def _of_lenience(config: DecodeConfig) -> dict[str, Any]:
-    """What makes texts another law's: `lenience` and its kind, as `evaluate` names them.
+    """What makes texts another law's, as `evaluate` names it: `lenience` and how it is applied.
 
     Nothing at temperature 0, where nothing can be relaxed.
     """
     lenience = config.lenience
     if lenience.is_exact or config.temperature == 0:
         return {}
-    return {"lenience": lenience.epsilon, "lenience_kind": lenience.kind}
+    return {
+        "lenience": lenience.epsilon,
+        "lenience_kind": lenience.kind,
+        "relaxed_residual": lenience.relaxed_residual,
+    }
 
 
 def _say(summary: dict[str, Any], path: Path) -> None:

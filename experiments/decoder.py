@@ -17,7 +17,7 @@ from distillspec_jax.data.examples import Example, Examples
 from distillspec_jax.data.jsonl import JsonlExamples, numbered_lines
 from distillspec_jax.data.vocabulary import Vocabulary, load_vocabulary
 from distillspec_jax.decoding.autoregressive import Generation, autoregressive_sample
-from distillspec_jax.decoding.block_length import BlockLength
+from distillspec_jax.decoding.block_length import FIXED, BlockLength
 from distillspec_jax.decoding.lenience import Lenience
 from distillspec_jax.decoding.sampling import Sampling
 from distillspec_jax.decoding.slots import slot_sample
@@ -76,6 +76,30 @@ class DecodeConfig(DraftSampling):
         check_seeds("config.seed", self.seed)
         if self.prompts and self.prompt:
             raise UserError("prompts come from a file or from flags: give --prompts or --prompt")
+        _check_utf8(self.prefix, "config.prefix")
+        if not self.draft:
+            self._check_alone()
+
+    def _check_alone(self) -> None:
+        """Refuses what the target alone would ignore."""
+        given = {
+            "num_drafts": self.num_drafts > 1,
+            "lenience": not self.lenience.is_exact,
+            "block_length": self.block_length != FIXED,
+            **dict.fromkeys(self.draft_options, True),
+        }
+        if keys := [f"config.{key}" for key, is_given in given.items() if is_given]:
+            raise UserError(
+                f"{', '.join(keys)} would change nothing, for config.draft is empty; name a draft "
+                "or leave that out"
+            )
+
+
+def _check_utf8(text: str, where: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # Python lets other bytes of flags and terminals through as halves
+        raise UserError(f"{where} is not UTF-8") from None
 
 
 class Lines(Examples):
@@ -87,6 +111,8 @@ class Lines(Examples):
         self._where, self._prefix = where, prefix
         if not self._lines:
             raise UserError(f"{where} holds no prompt; every line should be one")
+        for index, (_, line) in enumerate(self._lines):
+            _check_utf8(line, self.where(index))
 
     def __len__(self) -> int:
         return len(self._lines)

@@ -5,15 +5,15 @@ r"""Measures what drafts gain for a target: acceptance, block efficiency, speed 
 
 All drafts meet the same prompts with the same randomness, and the clock runs interleaved. The
 block length that is timed is chosen by predicted speed on the tuning split, never on the prompts
-of the claim. Started again with the same config and weights it keeps the figures it has; with
-other drafts or numbers of prompts it measures again.
+of the claim. Started again with the same config, weights and data it keeps the figures it has;
+with other drafts, texts or numbers of prompts it measures again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from experiments.bench import Bench, DraftSampling, check_seeds, open_bench
 from experiments.workdir import SUMMARY, Workdir, write_json_lines
 
 METRICS = "metrics.jsonl"
-GRID = ("drafts", "temperatures", "gammas", "lenience", "gamma_grid", "timed_batch_sizes")
+GRID = ("temperatures", "gammas", "lenience", "gamma_grid", "timed_batch_sizes")
 SIZES = ("num_prompts", "timed_prompts")
 FIGURES = ("acceptance_rate", "block_efficiency", "speedup_wall_clock", "quality")
 
@@ -79,9 +79,10 @@ class EvaluateConfig(DraftSampling):
     timed_repeats: int = 3
 
     def __post_init__(self) -> None:
+        if not self.drafts:
+            raise UserError("config.drafts is empty, must have at least one entry")
         for field in GRID:
-            if not getattr(self, field):
-                raise UserError(f"config.{field} is empty, must have at least one entry")
+            _check_list(f"config.{field}", getattr(self, field))
         for field in ("num_prompts", "batch_size", "num_tuning_prompts", "timed_repeats"):
             _at_least(1, f"config.{field}", [getattr(self, field)])
         for field in ("gammas", "gamma_grid", "timed_batch_sizes"):
@@ -107,6 +108,14 @@ class EvaluateConfig(DraftSampling):
         return self.drafts_whole_blocks and self.verification != "block"
 
 
+def _check_list(key: str, values: Sequence[float]) -> None:
+    if not values:
+        raise UserError(f"{key} is empty, must have at least one entry")
+    repeated = [value for value in values if values.count(value) > 1]
+    if repeated:
+        raise UserError(f"{key} has {repeated[0]:g} more than once; give each entry once")
+
+
 def _at_least(least: int, key: str, values: Iterable[int]) -> None:
     for value in values:
         if value < least:
@@ -119,7 +128,7 @@ def main(config: EvaluateConfig, workdir: Path) -> None:
     run = Workdir(workdir, "evaluate", config, may_change=("drafts", *SIZES))
     _announce(bench)
     sizes = {name: getattr(config, name) for name in SIZES}
-    about = {"weights": bench.weights(), "sizes": sizes}
+    about = {"weights": bench.weights(), "data": bench.data(), "sizes": sizes}
     summary = _kept(run.path, about)
     if summary is None:
         results = measuring.measure(bench)
@@ -132,7 +141,7 @@ def main(config: EvaluateConfig, workdir: Path) -> None:
 
 
 def _kept(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
-    """The summary that is there, if the same drafts in order were measured on as many prompts."""
+    """The summary that is there, if the same drafts in order were measured on the same prompts."""
     try:
         summary = json.loads((path / SUMMARY).read_text("utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):

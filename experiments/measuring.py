@@ -18,6 +18,7 @@ from distillspec_jax.evaluation import latency
 from distillspec_jax.evaluation.acceptance import Counts, TeacherForced, blocks_along_texts
 from distillspec_jax.evaluation.intervals import Estimate, ratio
 from distillspec_jax.evaluation.quality import pooled_quality
+from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.progress import Progress
 from experiments.bench import Bench, Draft, Prompts, Runner, Setting
 
@@ -126,16 +127,12 @@ def _costs(bench: Bench, batch_size: int) -> Costs:
     inputs = jnp.asarray(bench.prompts.inputs[:batch_size])
 
     @functools.cache
-    def of_shape(shape: Any) -> latency.StepCosts:
-        draft = next(d.loaded for d in bench.drafts if _shape(d) == shape)
+    def of_shape(shape: ModelConfig) -> latency.StepCosts:
+        draft = next(d.loaded for d in bench.drafts if d.shape == shape)
         models = bench.target.model, bench.target.params, draft.model, draft.params
         return latency.step_costs(*models, inputs, {*config.gammas, *config.gamma_grid})
 
-    return {name: of_shape(_shape(bench.seeds(name)[0])) for name in bench.names}
-
-
-def _shape(draft: Draft) -> Any:
-    return dataclasses.replace(draft.loaded.model.config, name="")
+    return {name: of_shape(bench.seeds(name)[0].shape) for name in bench.names}
 
 
 def _tune(
@@ -316,6 +313,8 @@ def _rows(
         **figures,
         **_quality(bench, [cell.texts for cell in cells.values()]),
     }
+    if not is_lossless:
+        row |= {"lenience_kind": config.lenience_kind, "relaxed_residual": config.relaxed_residual}
     mismatches = [each.greedy_mismatches for each in cells.values()]
     if mismatches[0] is not None:
         row["greedy_mismatches"] = sum(mismatches)

@@ -276,7 +276,8 @@ def start(
         return cache, jnp.full((batch_size,), c.decoder_start_id, jnp.int32)
     cache = caches.empty(c, batch_size, source + limit)
     cache = feed(model, params, cache, inputs)
-    last = prompt_lengths(inputs, c.pad_id) - 1
+    # a row of padding alone stands for no prompt: its length is 0, never negative
+    last = jnp.maximum(prompt_lengths(inputs, c.pad_id) - 1, 0)
     pending = jnp.take_along_axis(inputs, last[:, None], axis=1)[:, 0]
     return caches.rollback(cache, last), pending
 

@@ -226,17 +226,17 @@ def test_a_prompt_of_the_terminal_that_is_not_utf8_is_left_out(run, monkeypatch)
     code, _, err, folder = run()
     assert code is None
     assert [row["prompt"] for row in outputs(folder)] == [PROMPTS[0], PROMPTS[1]]
-    assert "error: the prompt is not UTF-8\n" in err
+    assert "error: the prompt:1 is not UTF-8\n" in err
 
 
 def test_texts_of_another_law_are_said_to_be(run):
     flags = [f"--prompt={prompt}" for prompt in PROMPTS]
-    lenience = {"kind": "linear", "epsilon": 0.5}
+    lenience = {"kind": "linear", "epsilon": 0.5, "relaxed_residual": True}
     _, out, _, folder = run(*flags, temperature=1.0, lenience=lenience, num_drafts=1)
     assert "lenience 0.5: the texts are not of the target's law\n" in out
     found = summary(folder)
     assert (found["lossless"], found["lenience"]) == (False, 0.5)
-    assert found["lenience_kind"] == "linear"
+    assert (found["lenience_kind"], found["relaxed_residual"]) == ("linear", True)
     exact = {"exact": {"temperature": 1.0}, "greedy": {"temperature": 0.0, "lenience": lenience}}
     for name, changes in exact.items():
         _, out, _, folder = run(*flags, workdir=name, **changes)
@@ -305,13 +305,28 @@ def test_a_character_of_several_bytes_is_shown_when_it_is_whole(tmp_path):
         (["--prompts=a.txt", "--prompt=b"], {}, "give --prompts or --prompt"),
         (["--prompt=   "], {}, "--prompt holds no prompt"),
         (["--prompt=" + "and " * 60], {}, "--prompt:1 is too long: 60 input"),
+        (["--prompt=a", "--prompt=a\udcff b"], {}, "--prompt:2 is not UTF-8"),
+        (["--prompt=a", "--config.prefix=\udcff"], {}, "config.prefix is not UTF-8"),
+        ([], {"prompt": ("a\udcff",)}, "--prompt:1 is not UTF-8"),
         ([], {"gamma": 0}, "config.gamma is 0, must be at least 1"),
         ([], {"verification": "blok"}, "unknown verification rule 'blok'"),
         ([], {"verification": "blok", "draft": ""}, "unknown verification rule 'blok'"),
         ([], {"verification": "greedy"}, "greedy verification needs temperature 0"),
         (["--prompt=a"], {"num_drafts": 2, "verification": "block"}, "several drafts need token"),
         ([], {"draft_temperature": -1.0}, "config.draft_temperature is -1.0; it must be 0"),
-        ([], {"draft_top_p": 1.5, "draft": ""}, "config.draft_top_p is 1.5; it must be in (0, 1]"),
+        ([], {"draft_top_p": 1.5}, "config.draft_top_p is 1.5; it must be in (0, 1]"),
+        (
+            ["--config.draft=", "--config.num_drafts=2"],
+            {},
+            "config.num_drafts would change nothing",
+        ),
+        ([], {"draft": "", "block_length": {"max_entropy": 0.6}}, "config.block_length would"),
+        (
+            [],
+            {"draft": "", "lenience": {"epsilon": 0.5}, "draft_top_k": 0, "draft_top_p": 0.9},
+            "config.lenience, config.draft_top_k, config.draft_top_p would change nothing, for "
+            "config.draft is empty; name a draft or leave that out",
+        ),
         ([], {"draft": "stories-draf"}, "did you mean 'stories-draft'"),
         ([], {"temprature": 0.5}, "did you mean 'config.temperature'"),
     ],
@@ -334,8 +349,20 @@ def test_broken_lines_are_named(run, tmp_path):
     assert not folder.exists()
 
 
-def test_a_terminal_without_a_prompt_says_so(run, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n\n"))
-    code, _, err, _ = run()
+@pytest.mark.parametrize("lines", ["\n\n", "and " * 60])
+def test_a_terminal_without_a_prompt_says_so_and_leaves_nothing(run, monkeypatch, lines):
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    code, _, err, folder = run()
     assert code == 2
     assert "there was no prompt" in err
+    assert not folder.exists()
+
+
+def test_a_terminal_without_a_prompt_keeps_what_a_run_before_it_left(run, monkeypatch):
+    for line in (PROMPTS[0], ""):
+        monkeypatch.setattr("sys.stdin", io.StringIO(line))
+        code, _, err, folder = run()
+        assert ("there was no prompt" in err) is not bool(line)
+        assert code == (None if line else 2)
+        assert len(outputs(folder)) == summary(folder)["num_prompts"] == 1
+    assert (folder / "config.json").is_file()

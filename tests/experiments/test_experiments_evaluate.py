@@ -52,7 +52,7 @@ def drafts(models, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(stories, drafts):
-    """Two drafts, one of them with two seeds; the validation stories stand for every split."""
+    """Two drafts, one of them with two seeds, measured on the validation stories."""
     return EvaluateConfig(
         target=drafts[0],
         drafts=(
@@ -63,13 +63,14 @@ def config(stories, drafts):
         task=TaskConfig(
             name="jsonl",
             vocabulary="arithmetic_stories",
+            train_file=str(stories / "train.jsonl"),
             validation_file=str(stories / "validation.jsonl"),
             input_length=41,
             target_length=57,
             metric="exact_match_number",
         ),
         split="validation",
-        tuning_split="validation",
+        tuning_split="train[:7]",
         max_new_tokens=9,
         gammas=(3,),
         gamma_grid=(2,),
@@ -334,11 +335,14 @@ def test_lossy_rows_are_marked_and_none_is_greedy(config, tmp_path):
     changed = dataclasses.replace(
         config, lenience=(1.0, 0.3), drafts=config.drafts[:1], timed_prompts=0, tune=False
     )
+    changed = dataclasses.replace(changed, lenience_kind="square", relaxed_residual=True)
     evaluate.main(changed, tmp_path / "run")
     rows = json.loads((tmp_path / "run" / "summary.json").read_text())["drafts"]
     assert [(row["temperature"], row["lenience"]) for row in rows] == [(0, 1), (1, 1), (1, 0.3)]
     assert [row["lossless"] for row in rows] == [True, True, False]
     assert rows[2]["acceptance_rate"] > rows[1]["acceptance_rate"]
+    applied = [(row.get("lenience_kind"), row.get("relaxed_residual")) for row in rows]
+    assert applied == [(None, None), (None, None), ("square", True)]
     assert "acceptance_rate_overlap" not in rows[2]
     assert "block_efficiency_path_ci95" not in rows[2]
 

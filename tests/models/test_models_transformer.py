@@ -84,6 +84,15 @@ def test_rows_advance_apart_and_rolled_back_tokens_leave_nothing(tiny):
     np.testing.assert_array_equal(cache.lengths, begin + kept + 4)
 
 
+def test_a_row_of_padding_alone_begins_empty(tiny):
+    """As a slot that no prompt fills; kernels read at least one line of each row's cache."""
+    model, params, inputs, _ = tiny
+    cache, pending = transformer.start(model, params, inputs.at[0].set(0), T)
+    read = [0] * B if model.config.is_encoder_decoder else [0, 4 - 1, S - 1]
+    assert cache.lengths.tolist() == read
+    assert pending[0] == 0
+
+
 def test_nan_past_the_length_changes_nothing(tiny):
     model, params, inputs, targets = tiny
     cache, pending = transformer.start(model, params, inputs, T)
