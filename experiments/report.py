@@ -2,22 +2,24 @@
 
     python -m experiments.report --workdir=runs/quickstart
 
-Reads what the runs wrote and nothing else; writes `report.html`, `tables.md` and `figures/`.
+Reads what the runs wrote and nothing else; writes `report.html`, `tables.md` and `figures/`, in
+place of those of an earlier report.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from distillspec_jax.errors import naming
-from distillspec_jax.report.figures import figures_of, render
+from distillspec_jax.report.figures import figures_of, is_figure, render
 from distillspec_jax.report.headline import lines
 from distillspec_jax.report.page import page
-from distillspec_jax.report.runs import Run, find_runs
+from distillspec_jax.report.runs import evaluations, find_runs
 from distillspec_jax.report.tables import tables_of
 from experiments import door
+from experiments.workdir import write_text
 
 PAGE, TABLES, FIGURES = "report.html", "tables.md", "figures"
 
@@ -31,13 +33,16 @@ class ReportConfig:
 
 def main(config: ReportConfig, workdir: Path) -> None:
     runs = find_runs(workdir)
-    for path, content in _files(config, workdir, runs).items():  # all drawn before one is written
-        path.parent.mkdir(exist_ok=True)
-        with naming(path):
-            path.write_bytes(content)
-    for run in runs:
-        if run.is_evaluation:
-            print("\n".join(lines(run)))
+    tables, drawn = tables_of(runs), figures_of(runs)
+    svgs = {name: (caption, render(figure, "svg")) for name, (caption, figure) in drawn.items()}
+    whole_page = page(config.title or f"Report: {workdir.name}", runs, tables, svgs)
+    images = {f"{name}.svg": svg for name, (_, svg) in svgs.items()}
+    images |= {f"{name}.png": render(figure, "png") for name, (_, figure) in drawn.items()}
+    _write_figures(workdir / FIGURES, images)  # only now: nothing is written if one cannot be drawn
+    write_text(workdir / TABLES, "\n".join(table.markdown() for table in tables))
+    write_text(workdir / PAGE, whole_page)
+    for whose, run in evaluations(runs):
+        print("\n".join(whose + line for line in lines(run)))
     print(f"look: {workdir / PAGE} ({TABLES}, {FIGURES}/)")
 
 
@@ -47,16 +52,17 @@ def plan(config: ReportConfig, memory_gib: float | None) -> None:
     print("plan of report: it reads the files of runs, loads no model and compiles nothing")
 
 
-def _files(config: ReportConfig, workdir: Path, runs: Sequence[Run]) -> dict[Path, bytes]:
-    tables, drawn = tables_of(runs), figures_of(runs)
-    svgs = {name: (caption, render(figure, "svg")) for name, (caption, figure) in drawn.items()}
-    title = config.title or f"Report: {workdir.name}"
-    files = {workdir / FIGURES / f"{name}.svg": svg for name, (_, svg) in svgs.items()}
-    for name, (_, figure) in drawn.items():
-        files[workdir / FIGURES / f"{name}.png"] = render(figure, "png")
-    files[workdir / TABLES] = "\n".join(table.markdown() for table in tables).encode()
-    files[workdir / PAGE] = page(title, runs, tables, svgs).encode()
-    return files
+def _write_figures(folder: Path, images: Mapping[str, bytes]) -> None:
+    """Writes them and removes those of an earlier report, which has each as an SVG and as a PNG."""
+    earlier = {path.stem for path in folder.glob("*.svg")} & {p.stem for p in folder.glob("*.png")}
+    for name, image in images.items():
+        folder.mkdir(exist_ok=True)
+        with naming(folder / name):
+            (folder / name).write_bytes(image)
+    for stem in filter(is_figure, earlier):
+        if f"{stem}.svg" not in images:
+            (folder / f"{stem}.svg").unlink()
+            (folder / f"{stem}.png").unlink()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from distillspec_jax.report.runs import LOSS_KINDS, Record, Run
+from distillspec_jax.report.runs import LOSS_KINDS, Record, Run, evaluations
 from distillspec_jax.report.tables import decoded_rows
 
 HEADLINE = "#0b6e99"
@@ -45,6 +46,8 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "svg.hashsalt": "distillspec",  # the same figures are the same bytes
 }
+LETTER, LINE, LEGEND_MARK, BAR = 0.08, 0.18, 0.6, 0.4  # inches, of this size of the font
+SLANT = math.radians(30)  # of names too long to stand side by side
 
 
 def colours_of(names: Sequence[str]) -> dict[str, str]:
@@ -71,15 +74,33 @@ def _panels(temperatures: Sequence[float], width: float = 3.6) -> tuple[Figure, 
     return figure, list(axes)
 
 
+def _name_bars(figure: Figure, names: Sequence[str]) -> None:
+    """Puts names below the bars, slanted where they would touch; the figure makes room."""
+    longest, panels = max(map(len, names)) * LETTER, figure.axes
+    width, height = figure.get_size_inches()
+    slanted: dict[str, Any] = {}
+    if longest > 0.8 * width / len(panels) / len(names):  # the rest is the scale's, and gaps
+        slanted = {"rotation": math.degrees(SLANT), "ha": "right", "rotation_mode": "anchor"}
+        width = max(width, len(panels) * (len(names) * BAR + longest * math.cos(SLANT)))
+        figure.set_size_inches(width, height + longest * math.sin(SLANT))
+    for panel in panels:
+        panel.set_xticks(range(len(names)), [_shown(name) for name in names], **slanted)
+        panel.grid(axis="x", visible=False)
+
+
 def _legend(figure: Figure) -> None:
-    """One legend for all panels, above them, where it hides nothing."""
+    """One legend for all panels, above them, where it hides nothing; the figure makes room."""
     handles: dict[str, Artist] = {}
     for panel in figure.axes:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(
-        list(handles.values()), list(handles), loc="outside upper right", ncols=len(handles)
-    )
+    entry = max(map(len, handles), default=0) * LETTER + LEGEND_MARK
+    width, height = figure.get_size_inches()
+    width = max(width, entry)
+    columns = min(int(width / entry), max(len(handles), 1))
+    height += LINE * (math.ceil(len(handles) / columns) - 1)
+    figure.set_size_inches(width, height)
+    figure.legend(list(handles.values()), list(handles), loc="outside upper right", ncols=columns)
 
 
 def _mode(temperature: float) -> str:
@@ -122,9 +143,8 @@ def block_efficiency(run: Run) -> Figure | None:
                 textcoords="offset points",
                 ha="center",
             )
-        panel.set_xticks(range(len(names)), [_shown(name) for name in names])
-        panel.grid(axis="x", visible=False)
         panel.margins(y=0.12)
+    _name_bars(figure, names)
     axes[0].set_ylabel(f"tokens per target call (gamma {gamma})")
     return figure
 
@@ -280,42 +300,50 @@ def _watched_title(key: str) -> str:
     return f"held-out block efficiency, {_mode(float(key.removeprefix(TAU_AT)))}"
 
 
+OF_EVALUATION: dict[str, tuple[str, Callable[[Run], Figure | None]]] = {
+    "block_efficiency": ("Block efficiency of the drafts with 95 % intervals.", block_efficiency),
+    "speed": (
+        "Speed-up over decoding without a draft: predicted from the measured costs of a step "
+        "(lines), and by the clock (points).",
+        speed,
+    ),
+    "block_length": (
+        "Block efficiency against the block length: along the target's own texts (lines), "
+        "and by the real decoder (points).",
+        block_length,
+    ),
+    "accepted_lengths": ("How much of a block is kept.", accepted_lengths),
+}
+
+
 def figures_of(runs: Sequence[Run]) -> dict[str, tuple[str, Figure]]:
     """File name -> (caption, figure), for everything that the runs have data for."""
-    of_evaluation: dict[str, tuple[str, Callable[[Run], Figure | None]]] = {
-        "block_efficiency": (
-            "Block efficiency of the drafts with 95 % intervals.",
-            block_efficiency,
-        ),
-        "speed": (
-            "Speed-up over decoding without a draft: predicted from the measured costs of a step "
-            "(lines), and by the clock (points).",
-            speed,
-        ),
-        "block_length": (
-            "Block efficiency against the block length: along the target's own texts (lines), "
-            "and by the real decoder (points).",
-            block_length,
-        ),
-        "accepted_lengths": ("How much of a block is kept.", accepted_lengths),
-    }
     drawn: dict[str, tuple[str, Figure]] = {}
+    evaluated = evaluations(runs)
+    slugs = _slugs([run for _, run in evaluated])
     with matplotlib.rc_context(STYLE):
-        for run in (each for each in runs if each.is_evaluation):
-            suffix = "" if sum(each.is_evaluation for each in runs) == 1 else f"_{_slug(run)}"
-            for name, (caption, draw) in of_evaluation.items():
+        for (whose, run), slug in zip(evaluated, slugs, strict=True):
+            for name, (caption, draw) in OF_EVALUATION.items():
                 figure = draw(run)
                 if figure is not None:
-                    drawn[name + suffix] = caption, figure
-        evaluated = [name for run in runs if run.is_evaluation for name in _names(run)]
-        curves = training(runs, list(dict.fromkeys(evaluated)))
+                    drawn[f"{name}_{slug}" if whose else name] = whose + caption, figure
+        names = [name for _, run in evaluated for name in _names(run)]
+        curves = training(runs, list(dict.fromkeys(names)))
         if curves is not None:
             drawn["training"] = "Training, and what the real decoder made of it on the way.", curves
     return drawn
 
 
-def _slug(run: Run) -> str:
-    return "".join(letter if letter.isalnum() else "_" for letter in run.name)
+def _slugs(runs: Sequence[Run]) -> list[str]:
+    """The runs' names as parts of file names; the second of a kind ends in `-2`, as none else."""
+    plain = ["".join(c if c.isalnum() else "_" for c in run.name) for run in runs]
+    numbers = [plain[:i].count(slug) + 1 for i, slug in enumerate(plain)]
+    return [s if n == 1 else f"{s}-{n}" for s, n in zip(plain, numbers, strict=True)]
+
+
+def is_figure(name: str) -> bool:
+    """Whether `figures_of` gives such names."""
+    return re.fullmatch(rf"training|({'|'.join(OF_EVALUATION)})(_[\w-]+)?", name) is not None
 
 
 def render(figure: Figure, file_format: str) -> bytes:

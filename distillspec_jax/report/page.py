@@ -7,7 +7,7 @@ import html
 from collections.abc import Callable, Mapping, Sequence
 
 from distillspec_jax.report.headline import Headline, headlines, lines, percent
-from distillspec_jax.report.runs import Record, Run
+from distillspec_jax.report.runs import Record, Run, evaluations
 from distillspec_jax.report.tables import Table
 
 CSS = """
@@ -72,8 +72,9 @@ def page(
       figures: file name -> (caption, SVG).
     """
     body = [f"<h1>{html.escape(title)}</h1>", f'<p class="lead">{html.escape(_lead(runs))}</p>']
-    for run in (each for each in runs if each.is_evaluation):
-        body += [_cards(headlines(run)), _list(lines(run))]
+    for whose, run in evaluations(runs):
+        heading = [f"<h2>{html.escape(run.name)}</h2>"] if whose else []
+        body += [*heading, _cards(headlines(run)), _list(lines(run))]
     for name, (caption, svg) in figures.items():
         body.append(_figure(name, caption, svg))
     for table in tables:
@@ -98,10 +99,11 @@ def _lead(runs: Sequence[Run]) -> str:
 def _cards(found: Sequence[Headline]) -> str:
     cards = []
     for each in found:
+        name = each.decoded["name"]
         cards.append(
             _card(
                 f"{each.decoded['block_efficiency']:.2f}",
-                f"tokens per target call, {each.mode}, gamma {each.decoded['gamma']}",
+                f"tokens per target call with {name}, {each.mode}, gamma {each.decoded['gamma']}",
                 _interval(each.decoded, "block_efficiency"),
             )
         )
@@ -109,7 +111,7 @@ def _cards(found: Sequence[Headline]) -> str:
             cards.append(
                 _card(
                     percent(gain["gain"]),
-                    f"block efficiency over {gain['over']}, {each.mode}",
+                    f"block efficiency of {gain['name']} over {gain['over']}, {each.mode}",
                     _interval(gain, "gain", percent),
                 )
             )
@@ -117,7 +119,7 @@ def _cards(found: Sequence[Headline]) -> str:
             cards.append(
                 _card(
                     f"{each.timed['speedup_wall_clock']:.2f}x",
-                    f"wall clock over no draft, {each.mode}, gamma {each.timed['gamma']}",
+                    f"wall clock of {name} over no draft, {each.mode}, gamma {each.timed['gamma']}",
                     _interval(each.timed, "speedup_wall_clock"),
                 )
             )

@@ -7,7 +7,7 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from distillspec_jax.report.runs import Record, Run
+from distillspec_jax.report.runs import Record, Run, evaluations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Table:
         rules = ["---:" if i in self.numbers else "---" for i in range(len(self.header))]
         lines = [_markdown_row(row) for row in (self.header, rules, *self.rows)]
         note = ["", self.note] if self.note else []
-        return "\n".join([f"## {self.title}", "", *lines, *note, ""])
+        return "\n".join([f"## {_markdown_cell(self.title)}", "", *lines, *note, ""])
 
     def html(self) -> str:
         """A `<table>`, every text escaped; the first column is the heading of its row."""
@@ -225,7 +225,7 @@ def training_table(runs: Sequence[Run]) -> Table:
             [
                 run.name,
                 run.experiment,
-                str(run.config.get("recipe", {}).get("name", "-")),
+                str(run.recipe.get("name", "-")),
                 str(run.config.get("seed", "-")),
                 str(run.summary.get("steps", "unfinished")),
                 str(run.summary.get("best_step", "-")),
@@ -246,7 +246,7 @@ def sources_table(runs: Sequence[Run]) -> Table:
         title="Where the numbers come from",
         header=["run", "command", "package", "jax", "flax", "device", "devices"],
         rows=[
-            [run.name, f"experiments.{run.experiment}"]
+            [run.name, f"experiments.{run.experiment}{'' if run.summary else ', unfinished'}"]
             + [str(run.summary.get(key, "-")) for key in keys]
             for run in runs
         ],
@@ -261,9 +261,10 @@ def sources_table(runs: Sequence[Run]) -> Table:
 def tables_of(runs: Sequence[Run]) -> list[Table]:
     """Every table that the runs have rows for, in the order of the page."""
     tables = []
-    for run in runs:
-        if run.is_evaluation:
-            tables += [gains_table(run), drafts_table(run), speed_table(run), agreement_table(run)]
+    for whose, run in evaluations(runs):
+        for table in (gains_table, drafts_table, speed_table, agreement_table):
+            of_run = table(run)
+            tables.append(dataclasses.replace(of_run, title=whose + of_run.title))
     tables += [training_table([run for run in runs if run.is_training]), sources_table(runs)]
     return [table for table in tables if table.rows]
 

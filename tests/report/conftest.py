@@ -119,6 +119,14 @@ def quickstart(tmp_path_factory):
 
 
 @pytest.fixture
+def two_evaluations(tmp_path):
+    """A folder of two whose names are the same in the letters that a file's name may have."""
+    for name in ("a/<b>", "a__b_"):
+        write(tmp_path / "two" / name, {"experiment": "evaluate"}, curves(), evaluation())
+    return tmp_path / "two"
+
+
+@pytest.fixture
 def runs_folder(quickstart, tmp_path):
     """A copy of it, to be changed."""
     return Path(shutil.copytree(quickstart, tmp_path / "quickstart"))

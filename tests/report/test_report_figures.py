@@ -1,6 +1,8 @@
 """Figures: names are shown as they are, each loss has an axis of its own, no colour twice."""
 
+import dataclasses
 import json
+import math
 
 import pytest
 from matplotlib.colors import same_color
@@ -60,6 +62,46 @@ def test_no_empty_panel_fills_the_last_row():
     run = run_of("distilled", recipe={"name": "distillspec", "loss": None})
     run.records.append({"kind": "eval", "step": 1, **watched})
     assert len(training([run, run_of("draft")]).axes) == 5  # in two rows of three
+
+
+@pytest.mark.parametrize("count", [3, 5, 12])
+def test_long_names_of_drafts_do_not_touch(quickstart, count):
+    names = [f"a-draft-of-25-letters-{i:03}" for i in range(count)]
+    run = find_runs(quickstart)[0]
+    rows = [row for row in run.summary["pooled"] if row["name"] == "control"]
+    curves = [row for row in run.of_kind("curve") if row["name"] == "control"]
+    summary = run.summary | {"pooled": [row | {"name": name} for name in names for row in rows]}
+    curves = [row | {"name": name} for name in names for row in curves]
+    run = dataclasses.replace(run, summary=summary, records=curves)
+    drawn = figures_of([run])
+    for _, figure in drawn.values():
+        figure.draw_without_rendering()
+        whole = figure.bbox.padded(1)
+        for legend in figure.legends:
+            assert whole.containsx(legend.get_window_extent().x0)
+        for panel in figure.axes:
+            box = panel.get_window_extent()
+            assert box.width > 2 * figure.dpi  # names leave room for what they name
+            assert box.height > 1.8 * figure.dpi
+    assert distance_of_ticks(drawn["block_efficiency"][1]) > 9 / 72  # inches, a line of text
+
+
+def test_a_long_name_of_a_run_is_shown_whole():
+    figure = training([run_of("a-run-of-a-grid/" * 5)])
+    figure.draw_without_rendering()
+    assert figure.legends[0].get_window_extent().x0 > 0
+
+
+def distance_of_ticks(figure):
+    """Of slanted names, across their direction."""
+    first, second, *_ = figure.axes[0].get_xticklabels()
+    apart = second.get_window_extent().x1 - first.get_window_extent().x1
+    return apart * math.sin(math.radians(first.get_rotation())) / figure.dpi
+
+
+def test_short_names_of_drafts_stand_upright(quickstart):
+    panel = figures_of(find_runs(quickstart))["block_efficiency"][1].axes[0]
+    assert {text.get_rotation() for text in panel.get_xticklabels()} == {0}
 
 
 def drawn_in(panel):

@@ -17,6 +17,7 @@ from distillspec_jax.report.tables import (
     drafts_table,
     figure,
     gains_table,
+    sources_table,
     speed_table,
     tables_of,
     training_table,
@@ -168,6 +169,17 @@ def test_training_table(runs):
     assert rows[1] == [
         *("distilled", "distill", "distillspec", "0", "1000", "900", "62", "0.075"),
     ]
+
+
+def test_training_table_of_a_run_without_a_recipe(runs):
+    [row] = training_table([dataclasses.replace(runs[1], config={"recipe": None})]).rows
+    assert row[2] == "-"
+
+
+def test_sources_table_tells_what_is_unfinished(runs):
+    killed = dataclasses.replace(runs[0], summary={})
+    commands = [row[1] for row in sources_table([killed, runs[1]]).rows]
+    assert commands == ["experiments.evaluate, unfinished", "experiments.distill"]
 
 
 @pytest.mark.parametrize(
@@ -366,6 +378,15 @@ def test_page_is_whole_and_loads_nothing(text):
 def test_page_embeds_the_figures_themselves(text, svgs):
     embedded = re.findall(r"data:image/svg\+xml;base64,([^\"]+)", text)
     assert [base64.b64decode(each) for each in embedded] == [svg for _, svg in svgs.values()]
+
+
+def test_a_card_names_the_draft_of_its_number(text):
+    for label in (
+        "tokens per target call with distilled, greedy, gamma 7",
+        "block efficiency of distilled over control, T = 1",
+        "wall clock of distilled over no draft, greedy, gamma 5",
+    ):
+        assert f"<span>{label}</span>" in text
 
 
 def test_page_shows_the_headline_and_the_tables(text):
