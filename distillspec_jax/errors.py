@@ -25,10 +25,16 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str], where: str = "") -> UserError:
-    """Returns the error for a `name` that is not among `known`, with the nearest valid one."""
+def unknown_name(
+    kind: str, name: str, known: Iterable[str], where: str = "", *, prefix: str = ""
+) -> UserError:
+    """Returns the error for a `name` that is not among `known`, with the nearest valid one.
+
+    `prefix` is told before all of them, and makes none of them nearer.
+    """
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
+    close = difflib.get_close_matches(name, names, n=1)
+    all_names = ", ".join(prefix + each for each in names)
+    hint = f"did you mean '{prefix}{close[0]}'?" if close else f"known: {all_names}"
     place = f" in {where}" if where else ""
-    return UserError(f"unknown {kind} '{name}'{place}; {hint}")
+    return UserError(f"unknown {kind} '{prefix}{name}'{place}; {hint}")

@@ -66,6 +66,8 @@ _SIZES = {
 def main() -> None:
     source, folder = _checked_flags()
     found = zoo.describe(source)
+    writes_tokenizer = _FORMAT.value == "huggingface"
+    files = tokenizers.files_for(_TOKENIZER.value, found) if writes_tokenizer else {}
     model, params = zoo.load(source)
     print(f"{source}: {found['kind']}, {layout.num_parameters(model.config):,} parameters")
     options = _cut_options()
@@ -78,7 +80,7 @@ def main() -> None:
     if _FRESH.value is not None:
         params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(_FRESH.value))
         print(f"weights drawn anew, seed {_FRESH.value}")
-    _write(model, params, folder, found, card | {"converted_from": source})
+    _write(model, params, folder, files, card | {"converted_from": source})
     print(f"{folder}: {_FORMAT.value}, {_DTYPE.value}")
     if _VERIFY.value:
         _verify(model, params, folder)
@@ -121,6 +123,10 @@ def _checked_flags() -> tuple[str, Path]:
         raise UserError(f"--dtype={_DTYPE.value} must be float32, bfloat16 or float16")
     if _FORMAT.value == "orbax" and _DTYPE.value != "float32":
         raise UserError("an Orbax checkpoint of this project holds float32; leave --dtype out")
+    if _TOKENIZER.value is not None and _FORMAT.value != "huggingface":
+        raise UserError(
+            f"--tokenizer={_TOKENIZER.value} goes with --format=huggingface alone; leave it out"
+        )
     if _FRESH.value is not None:
         check_seeds("--fresh", _FRESH.value)
     refuse_existing(Path(_TO.value))
@@ -136,14 +142,13 @@ def _numbers(flag: flags.FlagHolder) -> Sequence[int] | None:
 
 
 def _write(
-    model: Transformer, params: Any, folder: Path, found: dict[str, Any], card: dict[str, Any]
+    model: Transformer, params: Any, folder: Path, files: dict[str, bytes], card: dict[str, Any]
 ) -> None:
     if _FORMAT.value == "native":
         native.save(model, params, folder, card, dtype=str(_DTYPE.value))
     elif _FORMAT.value == "orbax":
         orbax.save(model, params, folder, card)
     else:
-        files = tokenizers.files_for(_TOKENIZER.value, found)
         if not files:
             print("no tokenizer is known for this model; --tokenizer=FOLDER puts one beside it")
         huggingface.save(model, params, folder, dtype=str(_DTYPE.value), extra_files=files)

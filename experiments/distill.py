@@ -78,12 +78,18 @@ class DistillConfig(parts.TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rollout_length < 0:
-            raise UserError(f"config.rollout_length is {self.rollout_length}, must be at least 0")
+        parts.check_least(self, "rollout_length", 0)
         temperatures = [f"t{each:g}" for each in self.decoder.temperatures]
         rates = [f"{name}_{t}" for t in temperatures for name in (TAU, ALPHA)]
         parts.check_best_metric(self.loop, [MEAN, *rates])
         recipe = self.recipe.resolve()
+        if recipe.needs_reference and not self.reference:
+            raise UserError(f"recipe '{recipe.name}' needs config.reference, a frozen draft")
+        if self.reference and not recipe.needs_reference:
+            raise UserError(
+                "config.reference is for recipes that select tokens, and recipe "
+                f"'{recipe.name}' learns from all: leave it out"
+            )
         if self.length_bucket and recipe.lambda1 == 0:
             raise UserError(
                 "config.length_bucket groups examples by the length of their references, and "
@@ -106,10 +112,10 @@ def prepare(
     load = functools.partial(load, compute_dtype=config.compute_dtype)
     target = load(config.target, task, shardings=layout.params(config.target_layout))
     draft = load(config.draft, task, seed=config.seed, shardings=places)
-    reference = _reference(config, recipe, draft)
     frozen = [target.params]
-    if reference:
-        frozen.append(load(reference, task, shardings=places).params)
+    if config.reference:
+        _check_reference(config, draft)
+        frozen.append(load(config.reference, task, shardings=places).params)
     optimizer = make_optimizer(config.optimizer, config.steps)
     make_step = PhasedStep if config.time_phases else make_distill_step
     state = parts.new_state(config, layout, draft, optimizer)
@@ -127,12 +133,8 @@ def prepare(
     return parts.Prepared(f"distill ({recipe.name})", models, state, step, *frozen)
 
 
-def _reference(config: DistillConfig, recipe: recipes.Recipe, draft: Loaded) -> str:
-    """The frozen draft that a recipe asks for, checked before it is read; "" if it does not."""
-    if not recipe.needs_reference:
-        return ""
-    if not config.reference:
-        raise UserError(f"recipe '{recipe.name}' needs config.reference, a frozen draft")
+def _check_reference(config: DistillConfig, draft: Loaded) -> None:
+    """Refuses a frozen draft of another shape before it is read."""
     theirs = ModelConfig(**zoo.describe(config.reference)["model"])
     ours = dataclasses.replace(draft.model.config, name=theirs.name, dtype=theirs.dtype)
     if theirs != ours:
@@ -140,7 +142,6 @@ def _reference(config: DistillConfig, recipe: recipes.Recipe, draft: Loaded) -> 
             f"config.reference '{config.reference}' must have the shape of the draft "
             f"'{config.draft}'"
         )
-    return config.reference
 
 
 def _main(config: DistillConfig, workdir: Path, layout: Layout) -> int | None:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import errno
 import importlib.util
+import inspect
 import math
 import os
 import re
@@ -286,7 +287,13 @@ class _ConfigParser(flags.ArgumentParser):
 
     def parse(self, path: str) -> ConfigDict:
         file, *argument = path.split(":", 1)
-        config = _load_module(file).get_config(*argument)
+        get_config = _load_module(file).get_config
+        try:
+            inspect.signature(get_config).bind(*argument)
+        except TypeError:
+            wrong = f"takes no options: leave ':{argument[0]}' out" if argument else "needs options"
+            raise UserError(f"{file} {wrong} (--config)") from None
+        config = get_config(*argument)
         if not isinstance(config, ConfigDict):
             raise UserError(f"get_config() of {file} returns no ConfigDict")
         _complete(config, self._config_class)
@@ -320,7 +327,7 @@ def _check_overrides(argv: Sequence[str], config_class: type) -> None:
                 raise UserError(f"{where} is a single value, it has no key '{name}' ({arg})")
             hints = typing.get_type_hints(here)
             if name not in hints:
-                raise unknown_name("config key", f"{where}.{name}", _dotted(where, hints))
+                raise unknown_name("config key", name, hints, prefix=f"{where}.")
             here, where = _inner_dataclass(hints[name]) or hints[name], f"{where}.{name}"
 
 
@@ -350,7 +357,7 @@ def to_dataclass(cls: type[C], values: Mapping[str, Any], where: str, base: Any 
     hints = typing.get_type_hints(cls)
     for name in values:
         if name not in hints:
-            raise unknown_name("config key", f"{where}.{name}", _dotted(where, hints))
+            raise unknown_name("config key", name, hints, prefix=f"{where}.")
     arguments = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         key, default = f"{where}.{field.name}", default_of(field, base)
@@ -412,10 +419,6 @@ def _inner_dataclass(hint: Any) -> Any:
         if dataclasses.is_dataclass(option):
             return option
     return None
-
-
-def _dotted(where: str, names: Mapping[str, Any]) -> list[str]:
-    return [f"{where}.{name}" for name in names]
 
 
 def _name(hint: Any) -> str:

@@ -15,7 +15,9 @@ from pathlib import Path
 import jax
 
 from distillspec_jax.data.tasks import Task, load_task
+from distillspec_jax.distill.losses import REDUCTIONS
 from distillspec_jax.distill.step import make_finetune_step
+from distillspec_jax.errors import UserError, unknown_name
 from distillspec_jax.models.transformer import Transformer
 from distillspec_jax.sharding.layout import Layout
 from distillspec_jax.training.loop import Hooks, LoopConfig, train
@@ -35,6 +37,7 @@ class FinetuneConfig(parts.TrainingConfig):
     dropout: bool = False  # at the rate of the model's config
     reduction: str = "token"  # mean over tokens, or "sequence": over sequences of token means
     model_layout: str = "sharded"  # over config.mesh, or "replicated"
+    validation_examples: int = 500
     decode_prompts: int = 0  # validation prompts to answer greedily, scored by the task's metric
     loop: LoopConfig = dataclasses.field(
         default_factory=lambda: LoopConfig(best_metric="loss", best_mode="min")
@@ -42,6 +45,10 @@ class FinetuneConfig(parts.TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        parts.check_least(self, "validation_examples", 1)
+        parts.check_least(self, "decode_prompts", 0)
+        if self.reduction not in REDUCTIONS:
+            raise unknown_name("reduction", self.reduction, REDUCTIONS, "config.reduction")
         answers = ["quality"] if self.decode_prompts else []
         parts.check_best_metric(self.loop, ["loss", "token_accuracy", *answers])
 
@@ -56,6 +63,7 @@ def prepare(
     config: FinetuneConfig, task: Task, layout: Layout, load: parts.Load = load
 ) -> parts.Prepared:
     """The model, its state and the compiled step; only shapes if `load` gives no more."""
+    _check_answers(config, task)
     places = layout.params(config.model_layout)
     loaded = load(
         config.model,
@@ -76,6 +84,15 @@ def prepare(
         state_shardings=parts.places(state),
     )
     return parts.Prepared("finetune", {"model": loaded}, state, step)
+
+
+def _check_answers(config: FinetuneConfig, task: Task) -> None:
+    """Refuses answers that nothing would score."""
+    if config.decode_prompts and task.metric == "none":
+        raise UserError(
+            f"config.decode_prompts asks for answers, and task '{task.name}' has no metric to "
+            "score them; set config.task.metric, or leave config.decode_prompts out"
+        )
 
 
 def _main(config: FinetuneConfig, workdir: Path, layout: Layout) -> int | None:

@@ -14,7 +14,7 @@ from distillspec_jax import hosts
 from distillspec_jax.data import pipeline
 from distillspec_jax.data.batch import Batch
 from distillspec_jax.data.examples import take
-from distillspec_jax.data.tasks import Task, TaskConfig
+from distillspec_jax.data.tasks import TEACHER, Task, TaskConfig
 from distillspec_jax.errors import UserError, unknown_name
 from distillspec_jax.models.config import check_dtype
 from distillspec_jax.sharding.layout import Layout, check_rows, device_bytes
@@ -46,7 +46,6 @@ class TrainingConfig:
     seed: int = 0
     train_split: str = "train"
     validation_split: str = "validation"
-    validation_examples: int = 500
     loss_chunk: int = 0  # positions that have logits at a time; 0: all
     length_bucket: int = 0  # above 0: like lengths share a batch (pipeline.batches)
     micro_batches: int = 1  # parts that a batch is computed in, to save memory
@@ -57,12 +56,10 @@ class TrainingConfig:
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch_size", "validation_examples", "micro_batches"):
-            if getattr(self, field) < 1:
-                raise UserError(f"config.{field} is {getattr(self, field)}, must be at least 1")
+        for field in ("steps", "batch_size", "micro_batches"):
+            check_least(self, field, 1)
         for field in ("loss_chunk", "length_bucket"):
-            if getattr(self, field) < 0:
-                raise UserError(f"config.{field} is {getattr(self, field)}, must be at least 0")
+            check_least(self, field, 0)
         if self.batch_size % self.micro_batches:
             raise UserError(
                 f"config.micro_batches is {self.micro_batches}, must divide the batch size "
@@ -72,6 +69,7 @@ class TrainingConfig:
         if not 0 <= self.average_decay < 1:
             raise UserError(f"config.average_decay is {self.average_decay}, must be within [0, 1)")
         check_dtype(self.compute_dtype, "config.compute_dtype")
+        _check_teacher_is_read(self)
 
 
 class Load(Protocol):
@@ -188,6 +186,24 @@ def validation_batches(
     )
 
 
+def check_least(config: TrainingConfig, field: str, least: int) -> None:
+    """Refuses a number that is too small."""
+    value = getattr(config, field)
+    if value < least:
+        raise UserError(f"config.{field} is {value}, must be at least {least}")
+
+
+def _check_teacher_is_read(config: TrainingConfig) -> None:
+    """Refuses texts of a teacher that no split of the run is."""
+    splits = (config.train_split, config.validation_split)
+    if config.task.teacher_data and TEACHER not in {each.partition("[")[0] for each in splits}:
+        raise UserError(
+            f"config.task.teacher_data is read as the split '{TEACHER}', and neither "
+            f"config.train_split ('{splits[0]}') nor config.validation_split ('{splits[1]}') is "
+            f"that: set config.train_split to '{TEACHER}', or leave config.task.teacher_data out"
+        )
+
+
 def check_best_metric(loop: LoopConfig, known: Sequence[str]) -> None:
     """Refuses a figure that no evaluation of the run will have, before anything is loaded."""
     if loop.best_metric and loop.best_metric not in known:
@@ -210,10 +226,12 @@ class Run:
     workdir: Workdir | None  # of the first host alone
     checkpoints: Checkpoints
 
-    def writer_of(self, resumed_step: int) -> Writer:
+    def writer_of(self, resumed_step: int, evaluated_step: int) -> Writer:
         if self.workdir is None:
             return Writer()
-        return MetricsWriter(self.workdir.path, resumed_step=resumed_step)
+        return MetricsWriter(
+            self.workdir.path, resumed_step=resumed_step, evaluated_step=evaluated_step
+        )
 
     def __enter__(self) -> Run:
         return self

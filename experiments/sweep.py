@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from distillspec_jax import zoo
 from distillspec_jax.data.tasks import Task, TaskConfig, load_task
 from distillspec_jax.distill.recipes import LIKELIHOOD
 from distillspec_jax.errors import UserError, unknown_name
+from distillspec_jax.interop import native
 from distillspec_jax.models.config import check_dtype
 from distillspec_jax.models.fingerprint import fingerprint
 from distillspec_jax.models.transformer import Params
@@ -165,7 +167,10 @@ class _Sweep:
             "target": fingerprint(target.model, target.params),
             "draft": fingerprint(draft.model, draft.params),
         }
-        self._card = {"vocabulary_fingerprint": task.vocabulary.fingerprint}
+        self._card = {
+            "vocabulary_fingerprint": task.vocabulary.fingerprint,
+            "fine_tuned_from": self._models["draft"],
+        }
         self._starts: dict[str, Params] = {}
         for folder in ("cells", "drafts"):
             (path / folder).mkdir(exist_ok=True)
@@ -225,17 +230,22 @@ class _Sweep:
             return self._draft.params
         if split not in self._starts:
             folder = self._path / "drafts" / slug(split)
-            if not folder.exists():
-                cell = Cell(split, stage.steps, seed=stage.seed)
-                with Progress(f"fine-tune on {split}", stage.steps) as progress:
-                    trained = self._trainer.train(
-                        cell, self._draft.params, stage.optimizer, progress.update
-                    )
-                zoo.save_native(
-                    self._draft.model, trained.params, folder, self._card, dtype="float32"
-                )
+            if native.describe(folder).get("fine_tuned_from") != self._models["draft"]:
+                self._fine_tune(split, folder)
             self._starts[split] = zoo.load(folder)[1]
         return self._starts[split]
+
+    def _fine_tune(self, split: str, folder: Path) -> None:
+        """Writes the draft before, in place of one that other weights began as."""
+        stage = self._config.finetune
+        cell = Cell(split, stage.steps, seed=stage.seed)
+        with Progress(f"fine-tune on {split}", stage.steps) as progress:
+            trained = self._trainer.train(
+                cell, self._draft.params, stage.optimizer, progress.update
+            )
+        if folder.exists():
+            shutil.rmtree(folder)
+        zoo.save_native(self._draft.model, trained.params, folder, self._card, dtype="float32")
 
     def _file(self, cell: Cell) -> Path:
         return self._path / "cells" / f"{cell.key}.json"

@@ -21,6 +21,7 @@ from distillspec_jax.training.metrics import finite
 from experiments import door
 
 CONFIG, LOCK, SUMMARY = "config.json", ".lock", "summary.json"
+RETIRED = {"distill": ("validation_examples",)}  # keys that older runs have and nothing reads
 
 
 class Workdir:
@@ -47,8 +48,9 @@ class Workdir:
             raise UserError(f"--workdir={path} is a file, must be a folder")
         entries = path.iterdir() if path.exists() else ()
         present = {entry.name for entry in entries if not (entry / CONFIG).is_file()}
+        theirs = _config_in(path) if CONFIG in present else {}
         if present - {CONFIG, LOCK, ARRIVALS, _beside(Path(CONFIG)).name}:
-            _refuse_other_run(path, experiment, config, may_change)
+            _refuse_other_run(path, theirs, experiment, config, may_change)
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._unlock = weakref.finalize(self, os.close, _lock(path))
@@ -71,22 +73,37 @@ class Workdir:
         self.close()
 
 
-def _refuse_other_run(path: Path, experiment: str, config: Any, may_change: Sequence[str]) -> None:
+def _config_in(path: Path) -> dict[str, Any]:
+    """The config of the run in a folder; UserError if its `config.json` is something else's."""
+    mend = "choose an empty or a new folder"
     try:
         theirs = json.loads((path / CONFIG).read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"--workdir={path} holds files but no run; choose an empty or a new folder"
-        ) from None
     except ValueError as error:  # no JSON, or no UTF-8
-        raise UserError(f"{path / CONFIG} is not JSON ({error})") from None
-    if not isinstance(theirs, dict):
-        raise UserError(f"{path / CONFIG} holds no JSON object; it is no run's")
-    name = theirs.pop("experiment", None)
+        raise UserError(f"{path / CONFIG} is not JSON ({error}); {mend}") from None
+    if not isinstance(theirs, dict) or "experiment" not in theirs:
+        raise UserError(
+            f"{path / CONFIG} is not that of a run: it holds no object with the key 'experiment'; "
+            f"{mend}"
+        )
+    return theirs
+
+
+def _refuse_other_run(
+    path: Path,
+    theirs: dict[str, Any],
+    experiment: str,
+    config: Any,
+    may_change: Sequence[str],
+) -> None:
+    if not theirs:
+        raise UserError(f"--workdir={path} holds files but no run; choose an empty or a new folder")
+    name = theirs.pop("experiment")
     if name != experiment:
         raise UserError(
             f"--workdir={path} holds a run of '{name}', this is '{experiment}'; choose another"
         )
+    for key in RETIRED.get(experiment, ()):
+        theirs.pop(key, None)
     # Through the dataclass: keys that are newer than the run have their defaults.
     before = door.to_dataclass(type(config), theirs, str(path / CONFIG))
     old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(config))

@@ -44,14 +44,18 @@ done
 
 trap 'kill "${pids[@]}" 2>/dev/null || true' TERM INT
 saved=143 # how a host leaves that was told to stop: the others are still saving
+failed() { [ "$1" != 0 ] && [ "$1" != "$saved" ]; }
 status=0
-while [ "${#pids[@]}" -gt 0 ] && { [ "$status" = 0 ] || [ "$status" = "$saved" ]; }; do
+while [ "${#pids[@]}" -gt 0 ] && ! failed "$status"; do
   running=()
   for pid in "${pids[@]}"; do
     if kill -0 "$pid" 2>/dev/null; then
       running+=("$pid")
     else
-      wait "$pid" || status=$?
+      code=0
+      wait "$pid" || code=$?
+      # the first failure stands, whatever those report that ended beside it
+      if [ "$code" != 0 ] && ! failed "$status"; then status=$code; fi
     fi
   done
   pids=(${running[@]+"${running[@]}"})

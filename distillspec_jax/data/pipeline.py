@@ -107,8 +107,13 @@ def trimmed(inputs: np.ndarray, bucket: int = 32) -> np.ndarray:
 
     Few shapes to compile, and no work on padding that no row needs.
     """
-    longest = max(int((inputs != 0).sum(axis=1).max()), 1)
+    longest = max(int(_lengths(inputs).max()), 1)
     return inputs[:, : -(-longest // bucket) * bucket]
+
+
+def _lengths(rows: np.ndarray) -> np.ndarray:
+    """Up to the last piece that is no padding, [B, T] -> [B]: a written text may hold id 0."""
+    return np.max((rows != 0) * np.arange(1, rows.shape[1] + 1), axis=1)
 
 
 def _read_options(ahead: int) -> grain.ReadOptions:
@@ -132,7 +137,7 @@ def _rows(batch: Batch, rows: slice | np.ndarray) -> Batch:
 
 def _by_length(group: Batch, batch_size: int, bucket: int, seed: int) -> list[Batch]:
     """Splits a group into batches of like target length, in an order drawn from (seed, ids)."""
-    lengths = (group.targets != 0).sum(1)
+    lengths = _lengths(group.targets)
     order = np.argsort(lengths, kind="stable").reshape(-1, batch_size)
     np.random.default_rng((seed, int(group.example_ids[0]))).shuffle(order)
     batches = []

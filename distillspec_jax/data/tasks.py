@@ -84,7 +84,7 @@ class _DataSet:
 
 
 TEACHER = "teacher"  # the split of texts that a target wrote beforehand
-_PART = re.compile(r"(?P<name>\w+)\[(?P<first>-?\d*):(?P<last>-?\d*)\]")
+_PART = re.compile(r"(?P<name>\w+)\[(?P<first>(-?\d+)?):(?P<last>(-?\d+)?)\]")
 _STORIES = "arithmetic_stories"
 _TRANSLATE, _SUMMARIZE = "translate English to German: ", "summarize: "
 _DATA_SETS = {
@@ -168,9 +168,14 @@ class Task:
         `split` may be a part of one, as in TFDS: "train[:7000]", "train[-473:]".
         """
         part = _PART.fullmatch(split)
+        if part is None and "[" in split:
+            raise UserError(
+                f"the split '{split}' of task '{self.name}' is no part of one: write NAME[a:b] "
+                "with whole numbers, as train[:7000] or train[-473:], not with percent"
+            )
         name = part["name"] if part else split
         if name not in self._splits:
-            raise unknown_name("split", split, self.splits, f"task '{self.name}'")
+            raise unknown_name("split", name, self.splits, f"task '{self.name}'")
         examples = self._splits[name]()
         if part is None:
             return examples

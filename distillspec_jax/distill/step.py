@@ -80,9 +80,10 @@ def make_distill_step(
     frozen weights of a reference draft as a fourth argument. `rollout_length` bounds what is
     written; `chunk`, `micro_batches` and `state_shardings` as in `make_finetune_step`.
 
-    Metrics beside the loss: `acceptance_rate`, sum_v min(p_v, q_v) at temperature 1 over the
-    tokens trained on; `target_length`, their number per row; `rollout_length` and `eos_rate` of
-    what was written in this step, count 0 where nothing was; `source_*`; `grad_norm`.
+    Metrics beside the loss: `acceptance_rate`, sum_v min(p_v, q_v) at temperature 1 over all real
+    tokens of the text, those too that the recipe leaves out of the loss; `target_length`, their
+    number per row; `rollout_length` and `eos_rate` of what was written in this step, count 0 where
+    nothing was; `source_*`; `grad_norm`.
     """
     rollout = make_rollout(draft, target, recipe, rollout_length=rollout_length)
     update = make_update(draft, target, recipe, optimizer, chunk=chunk, micro_batches=micro_batches)
@@ -250,7 +251,7 @@ def distillation_loss(
 
 
 def _lengths(mask: jax.Array) -> Metrics:
-    """Tokens trained on, and rows that have any."""
+    """Real tokens, and rows that have any."""
     return {"target_length": (jnp.sum(mask), _count(jnp.any(mask > 0, axis=1)))}
 
 

@@ -56,6 +56,8 @@ class LoopConfig:
             raise unknown_name("best_mode", self.best_mode, ("max", "min"), "the loop")
         if self.patience and not self.best_metric:
             raise UserError("patience needs best_metric, the figure that has to improve")
+        if self.patience and not self.evaluate_every:
+            raise UserError("patience counts evaluations, and evaluate_every is 0: set it, too")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int) and value < 0:
@@ -122,7 +124,7 @@ def train(
     *,
     steps: int,
     checkpoints: Checkpoints,
-    writer_of: Callable[[int], Writer],
+    writer_of: Callable[[int, int], Writer],
     hooks: Hooks = NO_HOOKS,
     name: str = "train",
 ) -> Result:
@@ -133,7 +135,8 @@ def train(
       state: the state before the first step (its structure also shapes what is restored); it is
         given away: to the first step, or freed for a checkpoint.
       batches: step -> iterator of the batches of that step and the following ones.
-      writer_of: resumed step -> writer of the records (-1: a new run).
+      writer_of: (resumed step, last step evaluated until then) -> writer of the records (-1: a
+        new run).
       hooks: what to do between steps.
       name: of the run, in what is printed.
 
@@ -150,7 +153,7 @@ def train(
         resumed = int(state.step)
     step = max(resumed, 0)
     with (
-        writer_of(resumed) as writer,
+        writer_of(resumed, memory.evaluated_step) as writer,
         Progress(name, steps, done=step, silent=not hosts.is_first()) as progress,
         _StopRequest() as stop,
     ):

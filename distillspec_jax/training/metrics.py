@@ -53,10 +53,16 @@ class MetricsWriter(Writer):
     stops the event files, a full disk say, is told once, and the run goes on without them.
     """
 
-    def __init__(self, workdir: Path, *, resumed_step: int = -1) -> None:
-        """Opens the files; records of steps after `resumed_step` are of a past that is undone."""
+    def __init__(
+        self, workdir: Path, *, resumed_step: int = -1, evaluated_step: int | None = None
+    ) -> None:
+        """Opens the files; records of steps after `resumed_step` are of a past that is undone.
+
+        So are evaluations after `evaluated_step`, if it is given: one of the resumed step itself
+        is made again where the checkpoint was saved before it.
+        """
         path = workdir / JSONL
-        drop_records_after(path, resumed_step)
+        drop_records_after(path, resumed_step, evaluated_step)
         self._file = _at_end(path)
         self._events = _Events(workdir / EVENTS, resumed_step + 1)
 
@@ -148,20 +154,26 @@ class _Events:
             self._file = None
 
 
-def drop_records_after(path: Path, step: int) -> None:
-    """Rewrites `path` without the records after `step`, and without a last line cut short."""
+def drop_records_after(path: Path, step: int, evaluated_step: int | None = None) -> None:
+    """Rewrites `path` without the records after `step`, and without a last line cut short.
+
+    Evaluations are kept until `evaluated_step`, if it is given.
+    """
     if not path.exists():
         return
-    kept = [line for line in path.read_text("utf-8").splitlines() if _is_record_until(line, step)]
+    evaluated_step = step if evaluated_step is None else evaluated_step
+    lines = path.read_text("utf-8").splitlines()
+    kept = [line for line in lines if _is_record_until(line, step, evaluated_step)]
     whole = path.with_suffix(".tmp")
     with naming(whole):
         whole.write_text("".join(line + "\n" for line in kept), "utf-8")
     os.replace(whole, path)
 
 
-def _is_record_until(line: str, step: int) -> bool:
+def _is_record_until(line: str, step: int, evaluated_step: int) -> bool:
     try:
-        return json.loads(line)["step"] <= step
+        record = json.loads(line)
+        return record["step"] <= (evaluated_step if record["kind"] == "eval" else step)
     except (json.JSONDecodeError, KeyError, TypeError):
         return False
 

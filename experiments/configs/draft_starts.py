@@ -30,8 +30,9 @@ SEEDS = (0, 1)
 def get_config(options: str = "evaluate") -> ConfigDict:
     stage, _, rest = options.partition(",")
     start, _, seed = rest.partition(",")
-    if stage not in STAGES or (stage != "evaluate" and start not in STARTS):
-        known = f"stages: {', '.join(STAGES)}; starts: {', '.join(STARTS)}"
+    is_known = not rest if stage == "evaluate" else start in STARTS and (seed or "0").isdecimal()
+    if stage not in STAGES or not is_known:
+        known = f"stages: {', '.join(STAGES)}; starts: {', '.join(STARTS)}; seeds: from 0"
         raise ValueError(f"unknown option in '{options}'; {known}")
     config = ConfigDict({"task": {"name": "arithmetic_stories"}})
     if stage == "evaluate":
@@ -44,11 +45,11 @@ def _train(config: ConfigDict, stage: str, start: str, seed: int) -> ConfigDict:
     config.seed = seed
     config.steps = 600 if tunes else 400
     config.batch_size = 32 if tunes else 16
-    config.validation_examples = 200
     config.optimizer = ConfigDict({"learning_rate": 3e-3, "warmup_steps": 50, "floor": 0.05})
     config.loop = ConfigDict({"log_every": 50, "evaluate_every": 0, "save_every": 0})
     config.loop.best_metric = ""  # the last step is the one: the rate has fallen to its floor
     if tunes:
+        config.validation_examples = 200
         config.model = f"{RUNS}/{start}-start-{seed}"
         config.length_bucket = 8
         return config

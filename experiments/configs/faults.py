@@ -13,7 +13,6 @@ def get_config() -> ConfigDict:
     config.batch_size = 4
     config.rollout_length = 24
     config.average_decay = 0.9
-    config.validation_examples = 8
     config.optimizer = ConfigDict({"learning_rate": 1e-3, "schedule": "constant"})
     config.decoder = ConfigDict({"num_prompts": 8, "batch_size": 8, "gamma": 3})
     config.decoder.temperatures = (1.0,)

@@ -22,12 +22,11 @@ TARGET, RUNS = "my-t5", "runs/own"
 STAGES = ("draft", "distill", "control", "evaluate")
 
 
-def get_config(options: str = "distill") -> ConfigDict:
+def get_config(options: str = "") -> ConfigDict:
     *rest, stage = options.split(",")
     if stage not in STAGES or rest not in ([], ["tiny"]):
-        raise ValueError(
-            f"unknown stage '{options}'; known: {', '.join(STAGES)}, tiny, before each"
-        )
+        wrong = f"unknown stage '{options}'" if options else "a stage is missing, own_t5.py:STAGE"
+        raise ValueError(f"{wrong}; known: {', '.join(STAGES)}, tiny, before each")
     tiny = bool(rest)
     config = ConfigDict()
     config.task = ConfigDict(
@@ -52,8 +51,8 @@ def _train(config: ConfigDict, stage: str, tiny: bool) -> ConfigDict:
     every = 100 if tiny else 500
     config.loop = ConfigDict({"log_every": every // 10, "evaluate_every": every})
     config.loop.save_every = every
-    config.validation_examples = 32 if tiny else 500
     if stage == "draft":
+        config.validation_examples = 32 if tiny else 500
         config.model = f"{RUNS}/draft0"
         return config
     config.target, config.draft = TARGET, f"{RUNS}/draft"

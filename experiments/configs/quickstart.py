@@ -12,18 +12,22 @@ of steps on the references. Sizes, rates and loss were chosen on the split `tuni
 measures on `test`.
 """
 
+import re
+
 from ml_collections import ConfigDict
 
 STAGES = ("distilled", "control", "evaluate")
+_OPTION = re.compile("fast|scratch|seeds=[1-9][0-9]*")
 
 
 def get_config(options: str = "distilled") -> ConfigDict:
     stage, *rest = options.split(",")
     fast, scratch = "fast" in rest, "scratch" in rest
-    seeds = next((int(each[6:]) for each in rest if each.startswith("seeds=")), 1)
-    unknown = [each for each in rest if each not in ("fast", "scratch", f"seeds={seeds}")]
+    unknown = [each for each in rest if not _OPTION.fullmatch(each)]
     if stage not in STAGES or unknown:
-        raise ValueError(f"unknown option in '{options}'; stages: {', '.join(STAGES)}")
+        known = f"stages: {', '.join(STAGES)}; behind them: fast, scratch, seeds=NUMBER from 1"
+        raise ValueError(f"unknown option in '{options}'; {known}")
+    seeds = next((int(each[6:]) for each in rest if each.startswith("seeds=")), 1)
     runs = "runs/quickstart" + "-fast" * fast + "-scratch" * scratch
     config = ConfigDict({"task": {"name": "arithmetic_stories"}})
     config.target = f"{runs}/target" if scratch else "stories-target"

@@ -176,6 +176,13 @@ def test_buckets_lose_nothing_and_save_padding():
     assert widths != sorted(widths)  # lengths come mixed, not growing
 
 
+def test_a_written_text_with_padding_in_its_middle_keeps_its_end():
+    texts = [EncodedExample([9, 0, 10], [5, 0, 0, 6])] * pipeline.GROUP
+    batch = next(train(texts, batch_size=1, bucket=1))
+    assert batch.targets.tolist() == [[5, 0, 0, 6]]
+    assert pipeline.trimmed(batch.inputs, 1).tolist() == [[9, 0, 10]]
+
+
 @pytest.mark.parametrize("make", [train, evaluate])
 @pytest.mark.parametrize(("input_length", "target_length"), [(2, 4), (3, 3), (2, 3)])
 def test_over_long_examples_are_named(make, input_length, target_length, tmp_path):

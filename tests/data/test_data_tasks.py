@@ -55,6 +55,17 @@ def test_an_empty_part_of_a_split_is_refused(own, part):
         load_task(own).examples(part)
 
 
+@pytest.mark.parametrize("part", ["train[-:]", "train[:-]", "train[:50%]", "train[1]", "train[:1"])
+def test_a_part_that_is_no_range_of_whole_numbers_is_refused(own, part):
+    with pytest.raises(UserError, match=r"no part of one: write NAME\[a:b\] with whole numbers"):
+        load_task(own).examples(part)
+
+
+def test_the_name_before_a_part_is_looked_for(own):
+    with pytest.raises(UserError, match=r"unknown split 'trian' in .* did you mean 'train'"):
+        load_task(own).examples("trian[:1]")
+
+
 def test_own_files(own):
     task = load_task(own)
     assert (task.splits, task.metric) == (("train",), "none")

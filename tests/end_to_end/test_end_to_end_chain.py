@@ -69,12 +69,13 @@ def runs(task, fresh, tmp_path_factory):
     common = dict(
         task=task,
         batch_size=4,
-        validation_examples=5,
         optimizer=OptimizerConfig(learning_rate=0.01, schedule="constant"),
         loop=LoopConfig(log_every=2, evaluate_every=0, save_every=0),
     )
     for name, seed, steps in (("target", 0, 6), ("draft", 1, 2)):
-        config = FinetuneConfig(model=fresh, steps=steps, seed=seed, **common)
+        config = FinetuneConfig(
+            model=fresh, steps=steps, seed=seed, validation_examples=5, **common
+        )
         assert finetune.main(config, folder / name) is None
     for name, recipe in (("control", "sft"), ("distilled", "distillspec")):
         config = DistillConfig(

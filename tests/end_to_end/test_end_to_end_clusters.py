@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import string
 import subprocess
 import sys
@@ -27,7 +28,9 @@ case "$*" in
 esac
 echo "$DISTILLSPEC_HOST of $DISTILLSPEC_HOSTS at $JAX_COORDINATOR_ADDRESS: $*"
 for flag in "$@"; do
+  case "$flag" in "--after="*) until [ -e "${flag#*=}" ]; do :; done ;; esac
   if [ "$flag" = "--fail=$DISTILLSPEC_HOST" ]; then exit 7; fi
+  if [ "$flag" = "--stop=$DISTILLSPEC_HOST" ]; then exit 143; fi
   if [ "$flag" = "--wait" ]; then echo "pid $$"; exec sleep 60; fi
 done
 """
@@ -137,6 +140,17 @@ def test_one_failed_host_stops_the_others(venv):
     for pid in map(int, re.findall(r"pid (\d+)", done.stdout)):
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_a_failure_is_not_hidden_by_a_host_that_stops_beside_it(venv, tmp_path):
+    """Both end while the script sleeps: host 0 with 7, host 1 as one that was told to stop."""
+    sleep, go = tmp_path / "sleep", tmp_path / "go"
+    sleep.write_text(f"#!/usr/bin/env bash\ntouch {go}\nexec {shutil.which('sleep')} 0.5\n")
+    sleep.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    flags = [f"--after={go}", "--fail=0", "--stop=1"]
+    done = run("local_hosts.sh", "2", "distill", *flags, PATH=path, DISTILLSPEC_VENV=venv)
+    assert done.returncode == 7
 
 
 @pytest.fixture(scope="module")

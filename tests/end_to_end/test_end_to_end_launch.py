@@ -263,8 +263,9 @@ def test_fast_is_smaller():
 
 
 def test_unknown_options_of_the_config_are_refused():
-    for options in ("distilled,fsat", "evaluated", "evaluate,seeds=2,slow"):
-        with pytest.raises(ValueError, match="unknown option in"):
+    wrong = ("distilled,fsat", "evaluated", "evaluate,seeds=2,slow", "evaluate,seeds=x")
+    for options in (*wrong, "evaluate,seeds=0"):
+        with pytest.raises(ValueError, match=r"unknown option in .*, seeds=NUMBER from 1"):
             quickstart.get_config(options)
 
 

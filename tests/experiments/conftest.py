@@ -14,7 +14,9 @@ from distillspec_jax.data.stories import story
 from distillspec_jax.data.vocabulary import load_vocabulary
 from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.models.transformer import Transformer, init_params
-from experiments import door
+from experiments import distill, door, finetune
+from experiments.distill import DistillConfig
+from experiments.finetune import FinetuneConfig
 
 VOCABULARY = "arithmetic_stories"
 
@@ -121,7 +123,6 @@ def config_file(tmp_path, stories, models):
             "batch_size": 4,
             "seed": 3,
             "mesh": {"data": 1},  # eight virtual devices take longer to compile for
-            "validation_examples": 5,
             "task": {
                 "name": "jsonl",
                 "vocabulary": VOCABULARY,
@@ -135,7 +136,7 @@ def config_file(tmp_path, stories, models):
             "loop": {"log_every": 2, "evaluate_every": 3, "save_every": 2},
         }
         if kind == "finetune":
-            config["model"] = str(models / "draft")
+            config |= {"model": str(models / "draft"), "validation_examples": 5}
         else:
             config |= {"target": str(models / "target"), "draft": str(models / "draft")}
             config["rollout_length"] = 11
@@ -156,3 +157,18 @@ def config_file(tmp_path, stories, models):
         return path
 
     return write
+
+
+@pytest.fixture
+def run(enter, config_file, tmp_path):
+    """Runs `finetune` or `distill`: (exit code, stdout, stderr)."""
+    entrypoints = {
+        "finetune": (finetune.main, FinetuneConfig),
+        "distill": (distill.main, DistillConfig),
+    }
+
+    def run(kind, *overrides, workdir="run", **changes):
+        flags = [f"--config={config_file(kind, **changes)}", f"--workdir={tmp_path / workdir}"]
+        return enter(*entrypoints[kind], *flags, *overrides)
+
+    return run

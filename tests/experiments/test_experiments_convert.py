@@ -117,7 +117,8 @@ def test_tokenizers_go_with_the_weights(tmp_path, run):
     assert settings["extra_ids"] == 0
 
 
-def test_a_tokenizer_of_other_pieces_is_refused(tmp_path, run, shared_data):
+def test_a_tokenizer_of_other_pieces_is_refused_unread(tmp_path, run, shared_data, monkeypatch):
+    monkeypatch.setattr(zoo, "load", lambda *_: pytest.fail("read the weights"))
     other = shared_data / "t5_sentencepiece" / "seqio_test_vocab" / "sentencepiece.model"
     with pytest.raises(UserError, match=r"the model and --tokenizer=.* have different vocab"):
         run(**from_to("stories-draft", tmp_path / "a", tokenizer=other))
@@ -152,6 +153,10 @@ def test_the_folder_of_a_byt5_is_a_tokenizer(tmp_path):
         (from_to("cpu_draft", "x", encoder_layers="0,a"), "--encoder_layers=0,a must be numbers"),
         (from_to("cpu_draft", "x", decoder_layers="3"), "must be numbers in order within 0 and 0"),
         (from_to("cpu_draft", "x", tokenizer="nowhere"), "nowhere"),
+        (
+            from_to("cpu_draft", "x", tokenizer="nowhere", format="native"),
+            "--tokenizer=nowhere goes with --format=huggingface alone",
+        ),
         (from_to("lm1b_33m", "x"), "decoder-only"),
         (from_to("cpu_draft", "x", fresh=-1), "--fresh is -1, must be within 0"),
     ],

@@ -73,6 +73,8 @@ def test_what_a_section_refuses_is_told_with_the_section():
     ("values", "words"),
     [
         ({"stesp": 3}, r"unknown config key 'config\.stesp'; did you mean 'config\.steps'"),
+        ({"sets": 3}, r"'config\.sets'; did you mean 'config\.steps'"),
+        ({"decoder": 3}, r"'config\.decoder'; known: config\.flag, config\.inner, config\.others"),
         ({"steps": 3, "inner": {"raet": 1}}, r"'config\.inner\.raet'.*'config\.inner\.rate'"),
         ({}, r"'config\.steps' is missing"),
         ({"steps": 3.5}, r"'config\.steps' is 3\.5, must be int"),
@@ -196,6 +198,7 @@ def test_missing_workdir_is_told(call):
         ),
         ("def get_config(:\n", "error: FILE:1: invalid syntax (--config)\n"),
         ("x = 5\n", "error: FILE (--config) has no function get_config\n"),
+        ("def get_config(stage):\n    return 5\n", "error: FILE needs options (--config)\n"),
     ],
 )
 def test_a_bad_config_file_is_told(call, tmp_path, content, words):
@@ -203,6 +206,13 @@ def test_a_bad_config_file_is_told(call, tmp_path, content, words):
     file.write_text(content)
     code, _, err = call(f"--config={file}", f"--workdir={tmp_path / 'run'}")
     assert (code, err) == (2, words.replace("FILE", str(file)))
+
+
+def test_options_that_a_config_does_not_take_are_told(call, tmp_path):
+    file = tmp_path / "plain.py"
+    file.write_text("def get_config():\n    return 5\n")
+    code, _, err = call(f"--config={file}:fast", f"--workdir={tmp_path / 'run'}")
+    assert (code, err) == (2, f"error: {file} takes no options: leave ':fast' out (--config)\n")
 
 
 def test_a_file_that_is_no_python_is_told(call, tmp_path):

@@ -231,6 +231,7 @@ def test_validation_is_planned_as_it_runs(short, models, monkeypatch, place):
     fields = {f.name: getattr(short, f.name) for f in dataclasses.fields(parts.TrainingConfig)}
     del fields["loop"]  # whose best metric is of distillation
     fields |= {"batch_size": 6, "loss_chunk": 4, "mesh": MeshConfig(2, 1, 1)}
+    fields["task"] = dataclasses.replace(short.task, metric="rouge2")
     config = finetune.FinetuneConfig(**fields, model=str(models / "draft"), decode_prompts=3)
     layout, task = parts.open_layout(config), load_task(config.task)
     called = []

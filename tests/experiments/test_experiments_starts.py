@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments import door
+from experiments.configs import own_t5
 from experiments.distill import DistillConfig
 from experiments.evaluate import EvaluateConfig
 from experiments.finetune import FinetuneConfig
@@ -71,11 +72,22 @@ def test_all_starts_get_the_same_steps():
 
 @pytest.mark.parametrize(
     ("file", "options"),
-    [("own_t5", "distil"), ("own_t5", "large,draft"), ("draft_starts", "x,cut")],
+    [
+        ("own_t5", "distil"),
+        ("own_t5", "large,draft"),
+        ("draft_starts", "x,cut"),
+        ("draft_starts", "distill,cut,x"),
+        ("draft_starts", "evaluate,cut"),
+    ],
 )
 def test_unknown_stages_are_named(file, options):
-    with pytest.raises(ValueError, match="unknown"):
+    with pytest.raises(ValueError, match=rf"unknown (stage|option in) '{options}'; "):
         config_of(file, options)
+
+
+def test_one_s_own_t5_has_no_stage_of_its_own_accord():
+    with pytest.raises(ValueError, match=r"a stage is missing, .*; known: draft, distill, control"):
+        own_t5.get_config()
 
 
 def test_every_config_that_a_command_names_is_there():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 
 from distillspec_jax import zoo
 from distillspec_jax.data.tasks import TaskConfig, load_task
+from distillspec_jax.data.vocabulary import load_vocabulary
 from distillspec_jax.distill.data_sources import source_probabilities
 from distillspec_jax.distill.step import make_distill_step
 from distillspec_jax.errors import UserError
@@ -150,6 +152,29 @@ def test_what_is_done_is_kept_and_what_is_new_is_added(run, tmp_path, monkeypatc
     assert "10 cells, 6 of them done" in out
     found = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert {row["seeds"] for row in found["cells"] if row["steps"]} == {2}
+
+
+def test_a_draft_whose_weights_changed_is_fine_tuned_anew(run, tmp_path, models, monkeypatch):
+    begun, counts = [], np.ones((4, 5), int)
+
+    def train(self, cell, params, *_):
+        begun.append((cell.name, float(params["embedding"][0, 0])))
+        return Trained(params, 0, {})
+
+    monkeypatch.setattr(Trainer, "train", train)
+    monkeypatch.setattr(sweep, "make_counts", lambda *_, **__: lambda *_: counts)
+    draft, (model, params) = tmp_path / "draft", zoo.load(models / "draft")
+    card = {"vocabulary_fingerprint": load_vocabulary("arithmetic_stories").fingerprint}
+    value = float(params["embedding"][0, 0])
+    names = ["control", "control", "tvd-fixed"]  # the first is the start
+    for factor, expected in ((1, names), (1, []), (2, names), (2, [])):
+        shutil.rmtree(draft, ignore_errors=True)
+        changed = jax.tree.map(lambda leaf, factor=factor: factor * leaf, params)
+        zoo.save_native(model, changed, draft, card, dtype="float32")
+        code, _, err = run(f"--config.draft={draft}", "--config.train_splits=('train',)")
+        assert code is None, err
+        assert begun == [(name, factor * value) for name in expected]
+        begun.clear()
 
 
 def test_a_cell_whose_samples_seldom_end_says_so(run, monkeypatch):

@@ -1,4 +1,4 @@
-"""finetune and distill from the door to the files, stopped and resumed, and on bad input."""
+"""finetune and distill from the door to the files, stopped and resumed."""
 
 import dataclasses
 import importlib.util
@@ -22,9 +22,9 @@ from distillspec_jax.distill.recipes import RECIPES, Recipe
 from distillspec_jax.errors import UserError
 from distillspec_jax.training.loop import LoopConfig
 from distillspec_jax.training.optimizers import OptimizerConfig
-from experiments import distill, finetune, parts, watching
+from experiments import distill, parts, watching
 from experiments.bench import Loaded
-from experiments.distill import DistillConfig, RecipeConfig
+from experiments.distill import RecipeConfig
 from experiments.finetune import FinetuneConfig
 from experiments.phases import PhasedStep
 from experiments.watching import DecoderConfig, make_decoding
@@ -43,21 +43,6 @@ def compile_once(tmp_path_factory):
     yield
     for name, value in before.items():
         jax.config.update(name, value)
-
-
-@pytest.fixture
-def run(enter, config_file, tmp_path):
-    """Runs `finetune` or `distill`: (exit code, stdout, stderr)."""
-    entrypoints = {
-        "finetune": (finetune.main, FinetuneConfig),
-        "distill": (distill.main, DistillConfig),
-    }
-
-    def run(kind, *overrides, workdir="run", **changes):
-        flags = [f"--config={config_file(kind, **changes)}", f"--workdir={tmp_path / workdir}"]
-        return enter(*entrypoints[kind], *flags, *overrides)
-
-    return run
 
 
 def records(workdir):
@@ -273,115 +258,6 @@ def test_a_run_that_is_all_warm_up_is_warned_of(run):
     assert "warning: config.optimizer.warmup_steps is 9: the run of 2 steps ends before" in out
     out = run("finetune", workdir="other", optimizer__warmup_steps=1, steps=2)[1]
     assert "warning" not in out
-
-
-def bad_line(folder, line):
-    good = (folder / "train.jsonl").read_text().splitlines()
-    path = folder / "bad.jsonl"
-    path.write_text("\n".join([*good[:3], line, *good[3:]]) + "\n")
-    return str(path)
-
-
-@pytest.mark.parametrize("kind", ["finetune", "distill"])
-@pytest.mark.parametrize(
-    ("line", "overrides", "words"),
-    [
-        ('{"input": "x", ', [], "bad.jsonl:4"),
-        ('{"input": "x", "target": ""}', [], "bad.jsonl:4"),
-        ('{"input": "x"}', [], "bad.jsonl:4"),
-        ('{"input": "%s", "target": "x"}' % ("the " * 99), [], "bad.jsonl:4"),
-        (
-            '{"input": "x", "target": "%s"}' % ("the " * 99),
-            ["--config.recipe.name=sft"],
-            "bad.jsonl:4",
-        ),
-    ],
-    ids=["broken", "empty", "missing", "long input", "long target"],
-)
-def test_bad_lines_are_told_with_their_number(run, tmp_path, stories, kind, line, overrides, words):
-    overrides = overrides if kind == "distill" else []
-    refused(
-        run(kind, *overrides, task__train_file=bad_line(tmp_path_of(stories, tmp_path), line)),
-        words,
-    )
-    assert not (tmp_path / "run").exists()
-
-
-def tmp_path_of(stories, tmp_path):
-    (tmp_path / "train.jsonl").write_text((stories / "train.jsonl").read_text())
-    return tmp_path
-
-
-def refused(result, words):
-    code, out, err = result
-    assert code == 2
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert words in err
-    assert out == ""
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes", "words"),
-    [
-        ("finetune", {"task__train_file": "nowhere.jsonl"}, "'nowhere.jsonl' does not exist"),
-        ("finetune", {"task__name": "jsonnl"}, "did you mean 'jsonl'"),
-        ("finetune", {"train_split": "trian"}, "did you mean 'train'"),
-        ("finetune", {"model": "cpu_targt"}, "did you mean 'cpu_target'"),
-        ("finetune", {"model": "nowhere/run"}, "no model at 'nowhere/run'"),
-        ("finetune", {"model": "FOREIGN"}, "have different vocabularies: fingerprint"),
-        ("finetune", {"task__target_field": ""}, "no references to learn from"),
-        ("finetune", {"optimizer__name": "adam"}, "did you mean 'adamw'"),
-        ("finetune", {"steps": 0}, "config.steps is 0"),
-        ("finetune", {"loss_chunk": -1}, "config.loss_chunk is -1, must be at least 0"),
-        ("distill", {"recipe": {"eta": 1.0}}, "eta belongs to loss 'lk_hybrid'"),
-        ("distill", {"length_bucket": 8}, "recipe 'distillspec' reads none"),
-        ("finetune", {"micro_batches": 3}, "must divide the batch size 4"),
-        ("finetune", {"average_decay": 1.0}, "config.average_decay is 1.0"),
-        ("finetune", {"seed": -1}, "config.seed is -1, must be within 0 and 2**32 - 1"),
-        ("distill", {"seed": 2**32}, "config.seed is 4294967296"),
-        ("distill", {"target": "FOREIGN"}, "have different vocabularies: fingerprint"),
-        ("distill", {"draft": "FOREIGN"}, "have different vocabularies: fingerprint"),
-        ("distill", {"recipe": {"name": "distilspec"}}, "did you mean 'distillspec'"),
-        ("distill", {"recipe": {"lambda1": 1.5}}, "must be within 0 and 1"),
-        ("distill", {"recipe": {"beta": 1.0}}, "beta"),
-        ("distill", {"recipe": {"name": "adaspec"}}, "needs config.reference"),
-        ("distill", {"recipe": {"name": "sft"}, "task__target_field": ""}, "no references"),
-        ("distill", {"decoder__gamma": 0}, "decoder.gamma is 0"),
-        ("distill", {"loop__best_metric": "loss"}, "unknown metric 'loss' in config.loop.best_me"),
-        ("distill", {"loop__best_metric": "block_efficiency_t0_ci95"}, "unknown metric 'block_eff"),
-        ("finetune", {"loop__best_metric": "quality"}, "unknown metric 'quality'"),
-        ("distill", {"decoder__temperatures": ()}, "decoder.temperatures"),
-    ],
-)
-def test_bad_input_is_one_sentence_and_leaves_nothing(run, tmp_path, models, kind, changes, words):
-    changes = {
-        key: str(models / "foreign") if value == "FOREIGN" else value
-        for key, value in changes.items()
-    }
-    refused(run(kind, **changes), words)
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_folder_that_is_no_checkpoint_is_refused(run, tmp_path, stories):
-    refused(run("distill", draft=str(stories)), f"no model in '{stories}'")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_reference_of_another_shape_is_refused(run, models):
-    changes = {"recipe": {"name": "adaspec"}, "reference": str(models / "target")}
-    refused(run("distill", **changes), "must have the shape of the draft")
-
-
-def test_another_run_in_the_workdir_is_refused_and_untouched(run, tmp_path):
-    workdir = tmp_path / "run"
-    workdir.mkdir()
-    (workdir / "config.json").write_text(json.dumps({"experiment": "finetune", "steps": 9}))
-    (workdir / "metrics.jsonl").write_text("")
-    code, _, err = run("distill")
-    assert code == 2
-    assert "holds a run of 'finetune', this is 'distill'" in err
-    assert sorted(p.name for p in workdir.iterdir()) == ["config.json", "metrics.jsonl"]
 
 
 def test_more_steps_go_on_only_if_the_rates_stay(tmp_path, models, stories):

@@ -124,11 +124,14 @@ def test_a_file_is_no_folder(tmp_path):
     [
         (b'{"steps": ', r"config\.json is not JSON"),
         (b"\xff\xfe\x00", r"config\.json is not JSON"),
-        (b"[]", r"config\.json holds no JSON object"),
+        (b"[]", r"config\.json is not that of a run: it holds no object with the key"),
+        (b'{"model_type": "t5"}', r"is not that of a run: .*; choose an empty or a new folder"),
     ],
 )
-def test_a_broken_config_json_is_told(tmp_path, content, words):
-    started(tmp_path)
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_a_config_json_that_is_no_run_s_is_told_and_kept(tmp_path, content, words, is_alone):
+    if not is_alone:
+        started(tmp_path)
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=words):
         start(tmp_path)

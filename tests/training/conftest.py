@@ -77,7 +77,9 @@ class Toy:
                 LoopConfig(**{"log_every": 3, "evaluate_every": 5, "save_every": 4, **config}),
                 steps=steps,
                 checkpoints=checkpoints,
-                writer_of=lambda step: MetricsWriter(self.workdir, resumed_step=step),
+                writer_of=lambda resumed, evaluated: MetricsWriter(
+                    self.workdir, resumed_step=resumed, evaluated_step=evaluated
+                ),
                 hooks=Hooks(
                     evaluate=(self.evaluate if evaluate is True else evaluate) or None,
                     notice=self.notice,

@@ -181,6 +181,28 @@ def test_error_in_a_step_leaves_a_run_that_goes_on(make_toy):
     assert records(parts) == records(whole)
 
 
+@pytest.mark.parametrize("best", ["", "size"])
+def test_an_evaluation_of_a_start_that_died_before_a_save_is_recorded_once(make_toy, best):
+    """Step 5 is saved and not evaluated; the next start evaluates it and dies before step 8."""
+    whole, parts = make_toy("whole"), make_toy("parts")
+    settings = {"steps": 9, "best_metric": best, "best_mode": "min"}
+    expected = whole.run(**settings)
+    parts.hook = stop_at(4)
+    assert parts.run(**settings).state.step == 5
+
+    def fail(step):
+        if step == 6:
+            raise RuntimeError("power cut")
+
+    parts.hook = fail
+    with pytest.raises(RuntimeError, match="power cut"):
+        parts.run(**settings)
+    assert [r["step"] for r in records(parts, "eval")] == [0, 5]
+    parts.hook = lambda step: None
+    assert_same_run(parts.run(**settings), expected)
+    assert records(parts) == records(whole)
+
+
 def test_signal_handlers_are_put_back(make_toy):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     make_toy().run(steps=2)
@@ -294,6 +316,7 @@ def test_end_of_data_is_told(make_toy):
     [
         ({"best_mode": "maximum"}, "did you mean 'max'"),
         ({"patience": 3}, "patience needs best_metric"),
+        ({"patience": 3, "best_metric": "loss", "evaluate_every": 0}, "and evaluate_every is 0"),
         ({"save_every": -1}, "save_every is -1"),
         ({"keep_last": 0}, "keep_last"),
     ],

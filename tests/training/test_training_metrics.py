@@ -67,6 +67,20 @@ def test_resuming_drops_the_steps_after(tmp_path, resumed, kept):
     assert [record["step"] for record in read(tmp_path)] == [*kept, 12]
 
 
+def test_resuming_drops_the_evaluations_that_are_made_again(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        for kind, step in (("eval", 0), ("train", 3), ("eval", 3), ("train", 4)):
+            writer.write(kind, step, {"loss": 1.0})
+    for evaluated, kept in ((3, 3), (0, 2)):
+        with MetricsWriter(tmp_path, resumed_step=3, evaluated_step=evaluated):
+            pass
+        assert [(r["kind"], r["step"]) for r in read(tmp_path)] == [
+            ("eval", 0),
+            ("train", 3),
+            ("eval", 3),
+        ][:kept]
+
+
 def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "kind": "train"}\n{"step": 2, "ki')
