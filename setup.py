@@ -10,6 +10,9 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "distillspec_jax/__init__.p
 
 INSTALL = [
     "jax>=0.10,<0.13",
+    "numpy>=2",
+    "scipy>=1.12",
+    "ml-dtypes>=0.5",
     "flax>=0.12",
     "optax>=0.2.5",
     "llvmlite>=0.45",
@@ -34,7 +37,13 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     "cuda": ["jax[cuda13]>=0.10,<0.13"],
     "report": ["tensorboard>=2.18", "jupyterlab>=4"],
-    "peers": ["torch==2.13.0", "transformers>=5,<6", "trl>=0.20"],
+    "peers": [
+        "torch==2.13.0",
+        "transformers>=5,<6",
+        "tokenizers>=0.20",
+        "trl>=0.20",
+        "datasets>=3",
+    ],
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.7",

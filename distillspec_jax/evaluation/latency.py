@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.optimize import isotonic_regression
 
 from distillspec_jax.evaluation.intervals import Estimate, ratio, ratio_of_ratios
 from distillspec_jax.models import cache as caches
@@ -24,6 +25,8 @@ from distillspec_jax.models.transformer import Transformer, extend, start
 
 Params = Any
 Call = Callable[[], Any]
+ROUNDS = 9, 25  # of timing single steps, at least and at most
+ENOUGH = 5.0  # seconds of them
 DRAFT_STEP, TARGET_STEP = "draft step", "target step"  # names of loops, as verify(gamma)
 
 
@@ -125,23 +128,27 @@ def step_costs(
     gammas: Iterable[int],
     *,
     steps: int = 32,
-    repeats: int = 9,
 ) -> StepCosts:
     """Measures draft step, target step and verification side by side; encoding is left out.
+
+    More positions never cost less: where the medians say so, by the noise of a shared machine,
+    they are pooled (isotonic regression). Else the gamma with the luckiest timing would be chosen.
 
     Args:
       inputs: [B, S] int32, a typical batch of prompts; B = 1 is what the papers report.
       gammas: block lengths whose verification is to be timed.
       steps: model calls in one timed loop, which keeps dispatch out of the figure.
-      repeats: rounds; the medians count.
     """
     gammas = sorted(set(gammas))
     models = target, target_params, draft, draft_params
     calls = step_loops(*models, inputs, gammas, steps=steps)
-    timings = side_by_side(calls, repeats=repeats)
+    one_round = sum(timing.median for timing in side_by_side(calls, repeats=1).values())
+    timings = side_by_side(calls, repeats=int(np.clip(ENOUGH / one_round, *ROUNDS)))
     second = {name: timing.median / steps for name, timing in timings.items()}
-    verification = {gamma: second[verify(gamma)] for gamma in gammas}
-    return StepCosts(second[DRAFT_STEP], second[TARGET_STEP], verification)
+    costs = [second[TARGET_STEP], *(second[verify(gamma)] for gamma in gammas)]
+    target_step, *verification = isotonic_regression(costs).x.tolist()
+    by_gamma = dict(zip(gammas, verification, strict=True))
+    return StepCosts(second[DRAFT_STEP], target_step, by_gamma)
 
 
 def step_loops(

@@ -119,7 +119,6 @@ class _Run:
             jnp.asarray(self._prompts[:batch_size]),
             self._config.gammas,
             steps=self._config.cost_steps,
-            repeats=self._config.rounds,
         )
         verification = {gamma: costs.verification_cost(gamma) for gamma in self._config.gammas}
         tuned = tune(efficiency, costs.cost_ratio, verification)

@@ -134,17 +134,44 @@ def tiny(name):
     return model, jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
 
 
-def test_step_costs_are_those_of_one_step(clock, monkeypatch):
+def costs_of(clock, monkeypatch, per_call, gammas):
+    """Step costs where a call of that width takes so many seconds; and how many rounds it took."""
+    rounds = 0
+
     def steps(model, params, cache, pending, width, steps):
-        per_call = {"target": 8.0 + 2 * (width - 1), "draft": 1.0}[model.config.name]
-        clock.now += steps * per_call
+        nonlocal rounds
+        rounds += model.config.name == "draft"
+        clock.now += steps * (per_call[width] if model.config.name == "target" else 1.0)
         return pending
 
     monkeypatch.setattr(latency, "_steps", steps)
     models = (*tiny("target"), *tiny("draft"))
-    costs = step_costs(*models, jnp.array([[5, 6]]), gammas=[3, 1, 3], steps=5, repeats=2)
+    costs = step_costs(*models, jnp.array([[5, 6]]), gammas=gammas, steps=5)
+    return costs, rounds
+
+
+def test_step_costs_are_those_of_one_step(clock, monkeypatch):
+    costs, _ = costs_of(clock, monkeypatch, {1: 8.0, 2: 10.0, 4: 14.0}, [3, 1, 3])
     assert (costs.draft_step, costs.target_step) == (1, 8)
     assert costs.verification == {1: 10, 3: 14}
+
+
+def test_more_positions_never_cost_less(clock, monkeypatch):
+    """A lucky timing of one gamma is pooled with its neighbours', it does not choose that gamma."""
+    per_call = {1: 9.0, 2: 8.0, 3: 12.0, 4: 10.0, 5: 11.0, 6: 20.0}
+    costs, _ = costs_of(clock, monkeypatch, per_call, [1, 2, 3, 4, 5])
+    assert costs.target_step == 8.5
+    assert costs.verification == {1: 8.5, 2: 11, 3: 11, 4: 11, 5: 20}
+
+
+@pytest.mark.parametrize(
+    ("enough", "rounds"),
+    [(0.0, 9), (1e9, 25), (15 * 5 * 24.0, 15)],  # a round is 5 steps of 1, 9 and 14 seconds
+)
+def test_short_steps_are_timed_more_often(clock, monkeypatch, enough, rounds):
+    monkeypatch.setattr(latency, "ENOUGH", enough)
+    _, calls = costs_of(clock, monkeypatch, {1: 9.0, 3: 14.0}, [2])
+    assert calls == rounds + 3  # the warm-ups of both, and the round that tells how long one is
 
 
 def test_a_timed_loop_feeds_what_decoding_would():
