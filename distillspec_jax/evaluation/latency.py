@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import time
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ Params = Any
 Call = Callable[[], Any]
 ROUNDS = 9, 25  # of timing single steps, at least and at most
 ENOUGH = 5.0  # seconds of them
+STRETCH = 8  # prompts that a decoder takes in a row
 DRAFT_STEP, TARGET_STEP = "draft step", "target step"  # names of loops, as verify(gamma)
 
 
@@ -63,12 +64,12 @@ def side_by_side(calls: Mapping[str, Call], *, repeats: int, seed: int = 0) -> d
     """
     first = {name: _timed(call)[0] for name, call in calls.items()}
     rounds = [_round(calls, np.random.default_rng([seed, i])) for i in range(repeats)]
-    seconds = {name: np.array([taken[name][0] for taken in rounds]) for name in calls}
+    seconds = {name: np.array([taken[name] for taken in rounds]) for name in calls}
     return {name: Timing(seconds[name], first[name]) for name in calls}
 
 
-def _round(calls: Mapping[str, Call], rng: np.random.Generator) -> dict[str, tuple[float, Any]]:
-    return {name: _timed(calls[name]) for name in rng.permutation(list(calls))}
+def _round(calls: Mapping[str, Call], rng: np.random.Generator) -> dict[str, float]:
+    return {name: _timed(calls[name])[0] for name in rng.permutation(list(calls))}
 
 
 def _timed(call: Call) -> tuple[float, Any]:
@@ -255,24 +256,27 @@ def race(
 ) -> Clock:
     """Decodes each prompt with every decoder, interleaved, `repeats` times after a warm-up.
 
+    The decoders take turns, in a fresh random order, over a few prompts at a time: right behind
+    another program a call also brings back what that drove out of the caches, milliseconds that
+    are no part of decoding in use.
+
     Args:
       decoders: by name, prompt -> (tokens [B, T], lengths [B]); equal shapes from prompt to
         prompt, or each new shape is compiled inside the clock.
       prompts: what the decoders take, one at a time: batches of `batch_size` prompts.
       repeats: timed rounds per prompt; their median counts.
-      on_prompt: told how many of them are done.
+      on_prompt: told again and again about how many of them are done.
     """
     first = {name: _timed(functools.partial(f, prompts[0]))[0] for name, f in decoders.items()}
     seconds = {name: np.zeros((len(prompts), repeats)) for name in decoders}
     tokens = {name: np.zeros(len(prompts), np.int64) for name in decoders}
-    for row, prompt in enumerate(prompts):
-        calls = {name: functools.partial(f, prompt) for name, f in decoders.items()}
-        for repeat in range(repeats):
-            taken = _round(calls, np.random.default_rng([row, repeat]))
-            for name, (elapsed, (_, lengths)) in taken.items():
-                seconds[name][row, repeat] = elapsed
-                tokens[name][row] = np.sum(lengths)
-        on_prompt(row + 1)
+    turns = list(_turns(list(decoders), len(prompts), repeats))
+    for done, (rows, repeat, name) in enumerate(turns, 1):
+        for row in rows:
+            call = functools.partial(decoders[name], prompts[row])
+            seconds[name][row, repeat], (_, lengths) = _timed(call)
+            tokens[name][row] = np.sum(lengths)
+        on_prompt(len(prompts) * done // len(turns))
     middle = {name: np.median(table, axis=1) for name, table in seconds.items()}
     return Clock(
         seconds=middle,
@@ -281,3 +285,12 @@ def race(
         compile_seconds={n: max(first[n] - float(middle[n][0]), 0.0) for n in decoders},
         batch_size=batch_size,
     )
+
+
+def _turns(names: Sequence[str], count: int, repeats: int) -> Iterator[tuple[range, int, str]]:
+    """(Prompts, repeat, name) of every turn: each name once for each repeat of each stretch."""
+    for begin in range(0, count, STRETCH):
+        rows = range(begin, min(begin + STRETCH, count))
+        for repeat in range(repeats):
+            for name in np.random.default_rng([begin, repeat]).permutation(names):
+                yield rows, repeat, name

@@ -83,7 +83,7 @@ def test_race_measures_rates_of_the_same_prompts_after_a_warm_up(clock):
     seen = []
     decoders = {"plain": decoder("plain", 4.0, 3), "fast": decoder("fast", 2.0, 4)}
     measured = race(decoders, [1, 2, 3, 5], repeats=3, on_prompt=seen.append)
-    assert seen == [1, 2, 3, 4]
+    assert seen == [0, 1, 2, 2, 3, 4]
     np.testing.assert_array_equal(measured.tokens["fast"], [4, 8, 12, 20])
     np.testing.assert_allclose(measured.seconds["plain"], [4, 8, 12, 20])
     assert measured.compile_seconds == {"plain": 100, "fast": 100}
@@ -102,6 +102,23 @@ def test_race_measures_rates_of_the_same_prompts_after_a_warm_up(clock):
         "timing_spread": 0,
         "compile_seconds": 100,
     }
+
+
+def test_decoders_take_turns_over_stretches_of_prompts(monkeypatch):
+    monkeypatch.setattr(latency, "STRETCH", 2)
+    log, seen = [], []
+
+    def decoder(name):
+        return lambda prompt: (log.append((name, prompt)), np.ones(1))
+
+    race({"a": decoder("a"), "b": decoder("b")}, [5, 6, 7], repeats=9, on_prompt=seen.append)
+    assert seen == [3 * done // 36 for done in range(1, 37)]
+    turns = [log[2:38][i : i + 4] for i in range(0, 36, 4)]  # behind the warm-up
+    assert {tuple(turn) for turn in turns} == {
+        (("a", 5), ("a", 6), ("b", 5), ("b", 6)),
+        (("b", 5), ("b", 6), ("a", 5), ("a", 6)),
+    }
+    assert sorted(log[38:]) == [("a", 7)] * 9 + [("b", 7)] * 9
 
 
 def test_spread_is_that_of_the_repeats(clock):
