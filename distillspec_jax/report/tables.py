@@ -101,9 +101,9 @@ def drafts_table(evaluation: Run) -> Table:
             [
                 f"{_count(rows, 'num_prompts')} prompts, 95 % intervals {_sampled(rows)}. Block "
                 "efficiency is tokens per target call, by the real decoder; beside it what the "
-                "target's own texts predict, and the formula for independent acceptances. Where "
-                "the length limit cuts a text, the decoder's last block counts whole and the "
-                "prediction ends at the cut, so it may lie lower.",
+                "target's own texts predict, and the formula for independent acceptances. No "
+                "block is cut by the length limit: the decoder's last one counts whole, and the "
+                "prediction leaves out what begins too late to be seen whole.",
                 *(["Quality in percent."] if has_metric else []),
                 *_draft_sampling(evaluation),
             ]
@@ -175,8 +175,9 @@ def speed_table(evaluation: Run) -> Table:
             for row in rows
         ],
         note=(
-            f"{_count(rows, 'timed_prompts')} timed prompts, decoders interleaved after a warm-up, "
-            "the median of the repeats of each batch, intervals by bootstrap over batches. "
+            f"{_count(rows, 'timed_prompts')} timed prompts, decoders in turns over a few of "
+            "them after a warm-up, the median of the repeats of each batch, intervals by bootstrap "
+            "over batches. "
             "c: draft step over target step. v: verifying gamma + 1 positions over a target step. "
             "Predicted: tau / (c gamma + 1), and tau / (c gamma + v)."
         ),

@@ -118,7 +118,7 @@ def test_drafts_table_says_over_what_its_intervals_are(runs_folder, evaluation):
 
 
 def test_drafts_table_tells_of_texts_that_the_limit_cuts(evaluation):
-    assert "Where the length limit cuts a text" in drafts_table(evaluation).note
+    assert "No block is cut by the length limit" in drafts_table(evaluation).note
 
 
 def test_drafts_table_tells_the_draft_s_own_sampling(runs_folder, evaluation):
