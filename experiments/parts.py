@@ -69,7 +69,8 @@ class TrainingConfig:
         if not 0 <= self.average_decay < 1:
             raise UserError(f"config.average_decay is {self.average_decay}, must be within [0, 1)")
         check_dtype(self.compute_dtype, "config.compute_dtype")
-        _check_teacher_is_read(self)
+        splits = (self.train_split, self.validation_split)
+        check_teacher_is_read(self.task, "config.train_split", splits)
 
 
 class Load(Protocol):
@@ -193,14 +194,13 @@ def check_least(config: TrainingConfig, field: str, least: int) -> None:
         raise UserError(f"config.{field} is {value}, must be at least {least}")
 
 
-def _check_teacher_is_read(config: TrainingConfig) -> None:
-    """Refuses texts of a teacher that no split of the run is."""
-    splits = (config.train_split, config.validation_split)
-    if config.task.teacher_data and TEACHER not in {each.partition("[")[0] for each in splits}:
+def check_teacher_is_read(task: TaskConfig, key: str, splits: Sequence[str]) -> None:
+    """Refuses texts of a teacher that none of a run's splits is; `key` may name one."""
+    if task.teacher_data and TEACHER not in {each.partition("[")[0] for each in splits}:
         raise UserError(
-            f"config.task.teacher_data is read as the split '{TEACHER}', and neither "
-            f"config.train_split ('{splits[0]}') nor config.validation_split ('{splits[1]}') is "
-            f"that: set config.train_split to '{TEACHER}', or leave config.task.teacher_data out"
+            f"config.task.teacher_data is read as the split '{TEACHER}', and this run reads "
+            f"{', '.join(repr(each) for each in splits)}: have {key} name '{TEACHER}', or leave "
+            "config.task.teacher_data out"
         )
 
 

@@ -38,6 +38,7 @@ from distillspec_jax.training.optimizers import OptimizerConfig
 from experiments import cell_tables, door, planning_decoding
 from experiments.bench import Loaded, check_meeting, check_seeds, load
 from experiments.cells import CONTROL, SOURCES, Cell, Trainer, slug
+from experiments.parts import check_teacher_is_read
 from experiments.watching import LOW_EOS_RATE, DecoderConfig, make_counts
 from experiments.workdir import Workdir, environment, write_json, write_json_lines, write_text
 
@@ -87,6 +88,7 @@ class SweepConfig:
             if getattr(self, field) < least:
                 raise UserError(f"config.{field} is {getattr(self, field)}, must be >= {least}")
         check_dtype(self.compute_dtype, "config.compute_dtype")
+        check_teacher_is_read(self.task, "config.train_splits", self.train_splits)
         check_seeds("config.seeds", *self.seeds)
         check_seeds("config.finetune.seed", self.finetune.seed)
         check_seeds("config.decoding_seed", self.decoding_seed)

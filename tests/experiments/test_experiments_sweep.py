@@ -238,6 +238,7 @@ def test_rows_pool_seeds_and_gains_are_paired(task):
         ({"finetune": FinetuneStage(seed=2**32)}, "config.finetune.seed is 4294967296"),
         ({"steps": (0,)}, "config.steps must be at least 1"),
         ({"batch_size": 0}, "config.batch_size is 0, must be >= 1"),
+        ({"task": TaskConfig(teacher_data="x")}, "have config.train_splits name 'teacher'"),
         ({"divergences": ("nll",), "sources": ("fixed",)}, "name nothing but the control"),
     ],
 )
