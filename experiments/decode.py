@@ -12,7 +12,6 @@ target, or the target's bonus behind a block that was accepted whole.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
 import time
@@ -40,7 +39,7 @@ from experiments.decoder import (
     coloured,
     read_prompts,
 )
-from experiments.workdir import CONFIG, LOCK, Workdir, write_json_lines
+from experiments.workdir import Workdir, write_json_lines
 
 OUTPUTS, METRICS = "outputs.jsonl", "metrics.jsonl"
 
@@ -53,14 +52,12 @@ def main(config: DecodeConfig, workdir: Path) -> None:
     decoder = Decoder(config)
     # a prompt that is too long is refused before anything is written
     inputs = None if examples is None else decoder.encode(examples)
-    is_new = not workdir.exists()
     run = Workdir(workdir, "decode", config)
     _announce(decoder)
     if examples is None or inputs is None:
         answers, batches = _from_terminal(decoder)
         if not answers:
-            if is_new:
-                _remove(run.path)
+            run.take_back()
             raise UserError("there was no prompt; give --prompts=FILE, --prompt=TEXT or lines")
     else:
         answers, batches = _from_examples(decoder, examples, inputs)
@@ -69,14 +66,6 @@ def main(config: DecodeConfig, workdir: Path) -> None:
     summary = _summary(config, answers, batches)
     run.write_summary(summary, seed=config.seed)
     _say(summary, run.path)
-
-
-def _remove(path: Path) -> None:
-    """Removes the folder of a run that came to nothing, but no folder of another run in it."""
-    for name in (CONFIG, LOCK):
-        (path / name).unlink()
-    with contextlib.suppress(OSError):  # not empty
-        path.rmdir()
 
 
 def _from_examples(

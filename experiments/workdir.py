@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -51,6 +52,7 @@ class Workdir:
         theirs = _config_in(path) if CONFIG in present else {}
         if present - {CONFIG, LOCK, ARRIVALS, _beside(Path(CONFIG)).name}:
             _refuse_other_run(path, theirs, experiment, config, may_change)
+        self._is_new = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._unlock = weakref.finalize(self, os.close, _lock(path))
@@ -61,6 +63,18 @@ class Workdir:
         path = self.path / SUMMARY
         write_json(path, {**finite(dict(values)), "seed": seed, **environment()})
         return path
+
+    def take_back(self) -> None:
+        """Removes a folder that was not there before, of a run that came to nothing.
+
+        Not what else came into it: another run's folder stays, and this one around it.
+        """
+        if not self._is_new:
+            return
+        for name in (CONFIG, LOCK):
+            (self.path / name).unlink()
+        with contextlib.suppress(OSError):  # not empty
+            self.path.rmdir()
 
     def close(self) -> None:
         """Lets another job in."""
