@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import jax
@@ -71,8 +72,10 @@ def test_nothing_saved_is_nothing_restored(make_toy):
     assert restore(make_toy()) is None
 
 
-def test_a_save_is_a_copy_of_that_moment(make_toy):
+@pytest.mark.parametrize("small", [0, module.SMALL])
+def test_a_save_is_a_copy_of_that_moment(make_toy, monkeypatch, small):
     """Steps that donate the state go on while a save is being written."""
+    monkeypatch.setattr(module, "SMALL", small)
     toy = make_toy()
     size = 1_500_007
     big = {"w": jnp.arange(float(size))}
@@ -89,6 +92,40 @@ def test_a_save_is_a_copy_of_that_moment(make_toy):
     for step in range(12):
         found = checkpoints.restore_params(state, step)
         np.testing.assert_array_equal(np.asarray(found["w"]), np.arange(float(size)) + step)
+    checkpoints.close()
+
+
+def test_no_step_waits_for_the_bookkeeping_of_a_small_save(make_toy, monkeypatch):
+    toy, open_gate = make_toy(), threading.Event()
+    checkpoints = toy.checkpoints()
+    keep = checkpoints._manager.save
+
+    def slow(step, args):
+        assert open_gate.wait(30)
+        return keep(step, args=args)
+
+    monkeypatch.setattr(checkpoints._manager, "save", slow)
+    checkpoints.save(toy.state(), {})  # would not return if it waited
+    assert steps_in(toy) == []
+    open_gate.set()
+    checkpoints.save(toy.state(), {}, best=True)  # the same step, so it is there by then
+    checkpoints.close()
+    assert module._says_best(toy.workdir / "checkpoints" / "0")
+
+
+@pytest.mark.parametrize("call", ["save", "wait", "close"])
+def test_an_error_of_a_save_is_raised_by_the_next_call(make_toy, monkeypatch, call):
+    toy = make_toy()
+    checkpoints = toy.checkpoints()
+
+    def full(step, args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoints._manager, "save", full)
+    checkpoints.save(toy.state(), {})
+    calls = {"save": lambda: checkpoints.save(toy.state(), {}), "wait": checkpoints.wait}
+    with pytest.raises(UserError, match=r"could not be saved .*No space left.*none before it"):
+        calls.get(call, checkpoints.close)()
     checkpoints.close()
 
 
