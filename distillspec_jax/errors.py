@@ -25,6 +25,12 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, at most 200 characters of it; its type if it has none."""
+    lines = str(error).splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
 def unknown_name(
     kind: str, name: str, known: Iterable[str], where: str = "", *, prefix: str = ""
 ) -> UserError:

@@ -32,7 +32,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from distillspec_jax import cluster
-from distillspec_jax.errors import UserError
+from distillspec_jax.errors import UserError, first_line
 
 FAILED = 1  # exit code: an error of this host's own
 LOST = 75  # exit code: another host is missing or died; the job may be started again
@@ -41,7 +41,7 @@ SHARED = "shared"  # in there: a file of the first host, for the others to see
 _SPOKEN_BEFORE = 30.0  # seconds that this module's time limit is ahead of the engine's own
 _SEEN_SECONDS = 20.0  # until a new file is seen on all hosts: caches of network file systems
 _ERROR_BYTES = 2_000
-_OUT_OF_MEMORY = re.compile("RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
+_NO_MEMORY = re.compile("RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
 _COMMUNICATION = re.compile(
     "^(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|CANCELLED)"
     "|gloo|nccl|communicator|connection|heartbeat|coordination",
@@ -184,6 +184,11 @@ def is_of_engine(error: BaseException) -> bool:
     return of_jax or str(error).startswith("UNKNOWN: Gloo")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the engine found no memory, however its backend words it."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and bool(_NO_MEMORY.search(str(error)))
+
+
 def failed(error: BaseException, environment: Mapping[str, str] = os.environ) -> int:
     """Says why one of several processes failed; returns the exit code.
 
@@ -192,9 +197,9 @@ def failed(error: BaseException, environment: Mapping[str, str] = os.environ) ->
     """
     text = str(error)[:500]
     of_engine = is_of_engine(error)
-    if of_engine and _OUT_OF_MEMORY.search(text):
+    if is_out_of_memory(error):
         print(
-            f"error: host {jax.process_index()} is out of memory ({text.splitlines()[0]}); --plan "
+            f"error: host {jax.process_index()} is out of memory ({first_line(error)}); --plan "
             "says what each device holds and which option makes it less",
             file=sys.stderr,
             flush=True,

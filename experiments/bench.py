@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from distillspec_jax import zoo
@@ -29,6 +28,7 @@ from distillspec_jax.evaluation.acceptance import TeacherForced, along_texts
 from distillspec_jax.evaluation.corpus import over_batches
 from distillspec_jax.evaluation.quality import has_references
 from distillspec_jax.models.config import ModelConfig
+from distillspec_jax.models.fingerprint import fingerprint
 from distillspec_jax.models.transformer import Params, Transformer, init_params
 from distillspec_jax.progress import Progress
 from distillspec_jax.sharding.layout import placed
@@ -255,10 +255,10 @@ class Bench:
         """The draft's, where the target has this temperature."""
         return self.config.draft_sampling(self.sampling(temperature))
 
-    def weights(self) -> dict[str, list[float]]:
-        """Sum and sum of squares of each model's parameters: other weights, other numbers."""
-        moments = {name: _moments(loaded.params) for name, loaded in self.models.items()}
-        return {name: [float(x) for x in pair] for name, pair in moments.items()}
+    def weights(self) -> dict[str, str]:
+        """The fingerprint of each model: other weights, other numbers."""
+        models = self.models.items()
+        return {name: fingerprint(loaded.model, loaded.params) for name, loaded in models}
 
     def data(self) -> dict[str, str]:
         """Digests of the prompts of the claim, and of those that choose gamma."""
@@ -289,7 +289,7 @@ class Bench:
             sampling=self.sampling(setting.temperature),
             draft_sampling=self.draft_sampling(setting.temperature),
             verification=self.config.verification,
-            lenience=None if lenience.is_exact else lenience,
+            lenience=lenience,
             block_length=self.config.block_length,
             num_drafts=self.config.num_drafts,
         )
@@ -321,13 +321,6 @@ class Bench:
         return dataclasses.asdict(scored)
 
 
-@jax.jit
-def _moments(params: Params) -> jax.Array:
-    leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(params)]
-    sums = jnp.stack([jnp.stack([jnp.sum(x), jnp.sum(x * x)]) for x in leaves])
-    return jnp.sum(sums, axis=0)
-
-
 def open_bench(config: EvaluateConfig, task: Task) -> Bench:
     """Loads the models, reads the prompts and checks every setting; nothing is written.
 
@@ -344,7 +337,8 @@ def open_bench(config: EvaluateConfig, task: Task) -> Bench:
     if config.tune and config.has_whole_blocks:
         _check_apart(config, task)
         tuning = read_prompts(task, config.tuning_split, config.num_tuning_prompts)
-    has_references(task.metric, prompts.references)  # before anything is decoded
+    where = task.examples(config.split).where
+    has_references(task.metric, prompts.references, where)  # before anything is decoded
     largest = max(config.timed_batch_sizes)
     if 0 < min(config.timed_prompts, len(prompts.row_ids)) < largest:
         raise UserError(

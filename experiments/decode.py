@@ -52,20 +52,20 @@ def main(config: DecodeConfig, workdir: Path) -> None:
     decoder = Decoder(config)
     # a prompt that is too long is refused before anything is written
     inputs = None if examples is None else decoder.encode(examples)
-    run = Workdir(workdir, "decode", config)
-    _announce(decoder)
-    if examples is None or inputs is None:
-        answers, batches = _from_terminal(decoder)
-        if not answers:
-            run.take_back()
-            raise UserError("there was no prompt; give --prompts=FILE, --prompt=TEXT or lines")
-    else:
-        answers, batches = _from_examples(decoder, examples, inputs)
-    write_json_lines(run.path / OUTPUTS, [answer.record() for answer in answers])
-    write_json_lines(run.path / METRICS, batches)
-    summary = _summary(config, answers, batches)
-    run.write_summary(summary, seed=config.seed)
-    _say(summary, run.path)
+    with Workdir(workdir, "decode", config) as run:
+        _announce(decoder)
+        if examples is None or inputs is None:
+            answers, batches = _from_terminal(decoder)
+            if not answers:
+                run.take_back()
+                raise UserError("there was no prompt; give --prompts=FILE, --prompt=TEXT or lines")
+        else:
+            answers, batches = _from_examples(decoder, examples, inputs)
+        write_json_lines(run.path / OUTPUTS, [answer.record() for answer in answers])
+        write_json_lines(run.path / METRICS, batches)
+        summary = _summary(config, answers, batches)
+        run.write_summary(summary, seed=config.seed)
+        _say(summary, run.path)
 
 
 def _from_examples(

@@ -264,7 +264,7 @@ class Decoder:
             sampling=self.sampling,
             draft_sampling=self.draft_sampling,
             verification=config.verification,
-            lenience=None if config.lenience.is_exact else config.lenience,
+            lenience=config.lenience,
             block_length=config.block_length,
             num_drafts=config.num_drafts,
         )

@@ -56,8 +56,9 @@ class RecipeConfig:
 
     def resolve(self) -> recipes.Recipe:
         changes = {key: value for key, value in vars(self).items() if value is not None}
-        recipe = recipes.named(changes.pop("name"), **changes)
-        recipes.check_used(recipe, changes)
+        own = recipes.named(changes.pop("name"))
+        recipe = recipes.named(own.name, **changes)
+        recipes.check_used(recipe, [key for key in changes if changes[key] != getattr(own, key)])
         return recipe
 
 
@@ -83,6 +84,8 @@ class DistillConfig(parts.TrainingConfig):
         rates = [f"{name}_{t}" for t in temperatures for name in (TAU, ALPHA)]
         parts.check_best_metric(self.loop, [MEAN, *rates])
         recipe = self.recipe.resolve()
+        values = dataclasses.asdict(recipe)  # what `config.json` tells
+        object.__setattr__(self, "recipe", RecipeConfig(**values))
         if recipe.needs_reference and not self.reference:
             raise UserError(f"recipe '{recipe.name}' needs config.reference, a frozen draft")
         if self.reference and not recipe.needs_reference:
@@ -112,10 +115,10 @@ def prepare(
     load = functools.partial(load, compute_dtype=config.compute_dtype)
     target = load(config.target, task, shardings=layout.params(config.target_layout))
     draft = load(config.draft, task, seed=config.seed, shardings=places)
-    frozen = [target.params]
+    models = {"draft": draft, "target": target}
     if config.reference:
         _check_reference(config, draft)
-        frozen.append(load(config.reference, task, shardings=places).params)
+        models["reference"] = load(config.reference, task, shardings=places)
     optimizer = make_optimizer(config.optimizer, config.steps)
     make_step = PhasedStep if config.time_phases else make_distill_step
     state = parts.new_state(config, layout, draft, optimizer)
@@ -129,7 +132,7 @@ def prepare(
         micro_batches=config.micro_batches,
         state_shardings=parts.places(state),
     )
-    models = {"draft": draft, "target": target}
+    frozen = [loaded.params for role, loaded in models.items() if role != "draft"]
     return parts.Prepared(f"distill ({recipe.name})", models, state, step, *frozen)
 
 
@@ -159,7 +162,7 @@ def _main(config: DistillConfig, workdir: Path, layout: Layout) -> int | None:
         notice=_notice,
         place=parts.make_place(config, layout),
     )
-    with parts.open_run(workdir, "distill", config, task, draft) as run:
+    with parts.open_run(workdir, "distill", config, task, prepared) as run:
         parts.announce(prepared, config, task, layout)
         result = train(
             prepared.call,

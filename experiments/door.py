@@ -29,7 +29,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from distillspec_jax import hosts
-from distillspec_jax.errors import UserError, unknown_name
+from distillspec_jax.errors import UserError, first_line, unknown_name
 from experiments.usage import default_of, is_instance, usage
 
 C = TypeVar("C")
@@ -196,7 +196,7 @@ def _or_exit(action: Callable[[], Any]) -> Any:
     except MemoryError as error:
         _say_too_large(error)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not hosts.is_out_of_memory(error):
             raise
         _say_too_large(error)
     except OSError as error:
@@ -209,10 +209,9 @@ def _or_exit(action: Callable[[], Any]) -> Any:
 
 
 def _say_too_large(error: BaseException) -> None:
-    first = (str(error).splitlines() or ["out of memory"])[0][:200]
     print(
-        f"error: this does not fit into memory ({first}); --plan says what is needed and which "
-        "option makes it less",
+        f"error: this does not fit into memory ({first_line(error)}); --plan says what is needed "
+        "and which option makes it less",
         file=sys.stderr,
     )
 

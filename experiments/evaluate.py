@@ -111,9 +111,10 @@ class EvaluateConfig(DraftSampling):
 def _check_list(key: str, values: Sequence[float]) -> None:
     if not values:
         raise UserError(f"{key} is empty, must have at least one entry")
-    repeated = [value for value in values if values.count(value) > 1]
+    labels = [f"{value:g}" for value in values]  # as rows and figures are told apart
+    repeated = [label for label in labels if labels.count(label) > 1]
     if repeated:
-        raise UserError(f"{key} has {repeated[0]:g} more than once; give each entry once")
+        raise UserError(f"{key} has {repeated[0]} more than once; give each entry once")
 
 
 def _at_least(least: int, key: str, values: Iterable[int]) -> None:
@@ -125,19 +126,20 @@ def _at_least(least: int, key: str, values: Iterable[int]) -> None:
 def main(config: EvaluateConfig, workdir: Path) -> None:
     task = tasks.load_task(config.task)
     bench = open_bench(config, task)
-    run = Workdir(workdir, "evaluate", config, may_change=("drafts", *SIZES))
-    _announce(bench)
     sizes = {name: getattr(config, name) for name in SIZES}
-    about = {"weights": bench.weights(), "data": bench.data(), "sizes": sizes}
-    summary = _kept(run.path, about)
-    if summary is None:
-        results = measuring.measure(bench)
-        summary = {**results.summary(), **about}
-        write_json_lines(run.path / METRICS, results.records)
-        run.write_summary(summary, seed=config.seed)
-    else:
-        print(f"kept: {run.path / SUMMARY} has these figures already; remove it to measure again")
-    _say(summary, run.path)
+    with Workdir(workdir, "evaluate", config, may_change=("drafts", *SIZES)) as run:
+        _announce(bench)
+        about = {"weights": bench.weights(), "data": bench.data(), "sizes": sizes}
+        summary = _kept(run.path, about)
+        if summary is None:
+            results = measuring.measure(bench)
+            summary = {**results.summary(), **about}
+            write_json_lines(run.path / METRICS, results.records)
+            run.write_summary(summary, seed=config.seed)
+        else:
+            mend = "remove it to measure again"
+            print(f"kept: {run.path / SUMMARY} has these figures already; {mend}")
+        _say(summary, run.path)
 
 
 def _kept(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:

@@ -106,7 +106,7 @@ def _main(config: FinetuneConfig, workdir: Path, layout: Layout) -> int | None:
         learning_rate=make_schedule(config.optimizer, config.steps),
         place=parts.make_place(config, layout),
     )
-    with parts.open_run(workdir, "finetune", config, task, loaded) as run:
+    with parts.open_run(workdir, "finetune", config, task, prepared) as run:
         parts.announce(prepared, config, task, layout)
         result = train(
             prepared.call,
@@ -131,7 +131,8 @@ def _make_evaluate(
     watches = [make_likelihood(model, map(layout.place, batches), chunk=chunk)]
     if config.decode_prompts:
         prompts = parts.validation_batches(task, config, config.decode_prompts, size)
-        watches.append(make_quality(model, task, prompts, place=layout.place))
+        where = task.examples(config.validation_split).where
+        watches.append(make_quality(model, task, prompts, place=layout.place, where=where))
 
     def evaluate(state: TrainState) -> dict[str, float]:
         figures = [watch(state.best_params) for watch in watches]

@@ -24,6 +24,7 @@ from distillspec_jax.data.examples import EncodedExample as Text
 from distillspec_jax.data.tasks import Task, TaskConfig, load_task
 from distillspec_jax.data.written import Settings, WrittenTexts, is_written, write_shard
 from distillspec_jax.decoding.autoregressive import Generation, autoregressive_sample
+from distillspec_jax.decoding.keys import purpose_key
 from distillspec_jax.decoding.sampling import Sampling
 from distillspec_jax.errors import UserError
 from distillspec_jax.evaluation.corpus import over_batches
@@ -31,7 +32,7 @@ from distillspec_jax.models.config import check_dtype
 from distillspec_jax.models.fingerprint import fingerprint
 from distillspec_jax.progress import Progress
 from experiments import door, planning_decoding
-from experiments.bench import Loaded, check_seeds, load, read_prompts
+from experiments.bench import Loaded, Prompts, check_seeds, load, read_prompts
 from experiments.watching import LOW_EOS_RATE
 from experiments.workdir import Workdir, write_json_lines
 
@@ -72,8 +73,8 @@ class GenerateConfig:
 def main(config: GenerateConfig, workdir: Path) -> None:
     task = load_task(config.task)
     target = load(config.target, task, compute_dtype=config.compute_dtype)
-    inputs = read_prompts(task, config.split, len(task.examples(config.split))).inputs
-    settings = _settings(config, task, target, len(inputs))
+    prompts = read_prompts(task, config.split, len(task.examples(config.split)))
+    settings, inputs = _settings(config, task, target, prompts), prompts.inputs
     with Workdir(workdir, "generate", config, may_change=("batch_size",)) as run:
         shards = range(settings.shards)
         waiting = [i for i in shards if not is_written(run.path, settings, i)]
@@ -96,7 +97,7 @@ def main(config: GenerateConfig, workdir: Path) -> None:
     _say(summary, workdir)
 
 
-def _settings(config: GenerateConfig, task: Task, target: Loaded, prompts: int) -> Settings:
+def _settings(config: GenerateConfig, task: Task, target: Loaded, prompts: Prompts) -> Settings:
     return Settings(
         target=fingerprint(target.model, target.params),
         target_path=config.target,
@@ -106,14 +107,15 @@ def _settings(config: GenerateConfig, task: Task, target: Loaded, prompts: int) 
             "split": config.split,
             "input_length": task.input_length,
             "input_eos": task.input_eos,
+            "digest": prompts.digest,
         },
         sampling={
             **dataclasses.asdict(config.sampling),
             "max_new_tokens": config.max_new_tokens or task.target_length,
         },
         seed=config.seed,
-        prompts=prompts,
-        examples=prompts * config.samples,
+        prompts=len(prompts.inputs),
+        examples=len(prompts.inputs) * config.samples,
         shard_size=config.shard_size,
     )
 
@@ -127,7 +129,7 @@ def _write(
     on_rows: Callable[[int], None],
 ) -> Iterator[Text]:
     """The texts of some rows; text n is of prompt n mod prompts and keyed by n."""
-    rng = jax.random.key(config.seed)
+    rng = purpose_key(config.seed, "generate")
     limit = settings.sampling["max_new_tokens"]
 
     def decode(row_ids: jax.Array, inputs: jax.Array) -> Generation:

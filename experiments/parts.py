@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 import optax
 
-from distillspec_jax import hosts
-from distillspec_jax.data import pipeline
+from distillspec_jax import hosts, zoo
 from distillspec_jax.data.batch import Batch
-from distillspec_jax.data.examples import take
+from distillspec_jax.data.examples import Examples
 from distillspec_jax.data.tasks import TEACHER, Task, TaskConfig
 from distillspec_jax.errors import UserError, unknown_name
 from distillspec_jax.models.config import check_dtype
+from distillspec_jax.models.fingerprint import fingerprint
 from distillspec_jax.sharding.layout import Layout, check_rows, device_bytes
 from distillspec_jax.sharding.mesh import AXES, MeshConfig, make_mesh
-from distillspec_jax.training.checkpoints import Checkpoints
+from distillspec_jax.training.checkpoints import Checkpoints, newest_step
 from distillspec_jax.training.loop import LoopConfig, Result
 from distillspec_jax.training.metrics import MetricsWriter, Writer
 from distillspec_jax.training.optimizers import OptimizerConfig
@@ -100,6 +103,11 @@ class Prepared:
         self.name, self.models, self.state, self.step = name, models, state, step
         self.frozen = frozen
 
+    @property
+    def trained(self) -> Loaded:
+        """The model that is trained."""
+        return next(iter(self.models.values()))
+
     def arguments(self, state: TrainState, batch: Any) -> tuple[Any, ...]:
         """What `step` is called with."""
         return (state, *self.frozen[:1], batch, *self.frozen[1:])
@@ -173,18 +181,7 @@ def validation_batches(
     task: Task, config: TrainingConfig, count: int, batch_size: int
 ) -> list[Batch]:
     """The first `count` examples of the validation split, in order."""
-    examples = task.examples(config.validation_split)
-    return list(
-        pipeline.eval_batches(
-            take(examples, range(min(count, len(examples)))),
-            task.vocabulary,
-            batch_size=batch_size,
-            input_length=task.input_length,
-            target_length=task.target_length,
-            truncate=task.truncate,
-            input_eos=task.input_eos,
-        )
-    )
+    return list(task.eval_batches(config.validation_split, batch_size=batch_size, count=count))
 
 
 def check_least(config: TrainingConfig, field: str, least: int) -> None:
@@ -259,6 +256,7 @@ class Run:
             "ended": result.ended,
             "train_seconds": round(memory.seconds, 2),
             "compile_seconds": round(memory.compile_seconds, 2),
+            "skipped_updates": int(result.state.skipped),
             "best_step": memory.best_step if memory.best_evaluation else step,
         }
         file = self.workdir.write_summary(summary, seed=seed)
@@ -266,6 +264,11 @@ class Run:
         for key, value in headline.items():
             if isinstance(value, float):
                 print(f"  {key}: {value:.4g} (before: {memory.first_evaluation[key]:.4g})")
+        if summary["skipped_updates"]:
+            print(
+                f"  warning: {summary['skipped_updates']:,} updates were left out, for their "
+                "gradients were not finite"
+            )
         print(f"files: {self.workdir.path} (checkpoints, metrics.jsonl, tensorboard, {file.name})")
         return None
 
@@ -276,7 +279,7 @@ def _before(key: str) -> str:
 
 
 def open_run(
-    workdir: Path, experiment: str, config: TrainingConfig, task: Task, trained: Loaded
+    workdir: Path, experiment: str, config: TrainingConfig, task: Task, prepared: Prepared
 ) -> Run:
     """Opens the workdir of a training run; on several hosts the first one does it for all.
 
@@ -284,15 +287,51 @@ def open_run(
     already taken would not be those of the longer run.
     """
     may_change = HARMLESS if config.optimizer.depends_on_steps else (*HARMLESS, "steps")
-    opened = hosts.on_first(lambda: Workdir(workdir, experiment, config, may_change=may_change))
+
+    def open_workdir() -> Workdir:
+        taken = newest_step(workdir)
+        if taken > config.steps:
+            raise UserError(
+                f"--workdir={workdir} has taken {taken} steps, config.steps is {config.steps}; "
+                "choose another workdir, or at least as many steps"
+            )
+        return Workdir(workdir, experiment, config, may_change=may_change)
+
+    opened = hosts.on_first(open_workdir)
     description = {
-        "model": trained.model.config.as_stored(),
+        "model": prepared.trained.model.config.as_stored(),
         "vocabulary_fingerprint": task.vocabulary.fingerprint,
         "optimizer": dataclasses.asdict(config.optimizer),
         "experiment": experiment,
         "seed": config.seed,
+        "sources": _sources(config, task, prepared),
     }
     return Run(opened, Checkpoints(workdir, description, keep_last=config.loop.keep_last))
+
+
+def _sources(config: TrainingConfig, task: Task, prepared: Prepared) -> dict[str, str]:
+    """Digests of what a run reads by its path; the same run does not go on from others.
+
+    Fresh weights are told by their seed: their last bits are those of a machine.
+    """
+    held = {role: (loaded, loaded.params) for role, loaded in prepared.models.items()}
+    [first, *_] = prepared.models
+    held[first] = (prepared.trained, prepared.state.params)  # which took over the loaded ones
+    read = {
+        role: fingerprint(loaded.model, params)
+        for role, (loaded, params) in held.items()
+        if zoo.find(loaded.path).path is not None
+    }
+    for split in (config.train_split, config.validation_split):
+        read[f"data of '{split}'"] = _digest(task.examples(split))
+    return read
+
+
+def _digest(examples: Examples) -> str:
+    """Hex sha256 of how many examples there are, and of up to 256 of them, from first to last."""
+    indices = np.unique(np.linspace(0, len(examples) - 1, 256).astype(int)).tolist()
+    taken = [[example.input, example.target] for example in examples.take(indices)]
+    return hashlib.sha256(json.dumps([len(examples), taken]).encode()).hexdigest()
 
 
 def announce(prepared: Prepared, config: TrainingConfig, task: Task, layout: Layout) -> None:

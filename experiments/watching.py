@@ -22,6 +22,7 @@ from distillspec_jax.models.transformer import Transformer
 from experiments.bench import Loaded
 
 LOW_EOS_RATE = 0.5  # below it most texts are cut by the limit, and little is learnt of the end
+TRIAL = 0x7A0  # folded into the seed: no other purpose draws these numbers
 TAU, ALPHA = "block_efficiency", "acceptance_rate"  # of a temperature, as block_efficiency_t0
 MEAN = "block_efficiency_mean"  # over the temperatures: what the best draft is chosen by
 
@@ -30,11 +31,16 @@ Watch = Callable[[Any], dict[str, Any]]  # params -> figures
 
 
 def make_quality(
-    model: Transformer, task: Task, batches: Sequence[Batch], *, place: Place = jax.device_put
+    model: Transformer,
+    task: Task,
+    batches: Sequence[Batch],
+    *,
+    place: Place = jax.device_put,
+    where: Callable[[int], str] = "reference {}".format,
 ) -> Watch:
     """Returns params -> {"quality": percent} of the model's greedy answers by the task's metric.
 
-    `place` puts a batch on the devices.
+    `place` puts a batch on the devices; `where` says where a reference is from.
     """
     rng = jax.random.key(0)  # greedy: never looked at
     greedy = Sampling(temperature=0.0)
@@ -49,7 +55,7 @@ def make_quality(
         for text in texts(batch.targets, kept)
     ]
 
-    has_references(task.metric, references)  # refused before the first step, not after it
+    has_references(task.metric, references, where)  # refused before the first step, not after it
 
     def watch(params: Any) -> dict[str, float]:
         answers: list[str] = []
@@ -86,6 +92,10 @@ class DecoderConfig:
                 raise UserError(f"decoder.{field} is {getattr(self, field)}, must be at least 1")
         if not self.temperatures or min(self.temperatures) < 0:
             raise UserError("decoder.temperatures must name at least one, none below 0")
+        labels = [f"{temperature:g}" for temperature in self.temperatures]  # of the figures
+        for label in labels:
+            if labels.count(label) > 1:
+                raise UserError(f"decoder.temperatures has {label} more than once; give each once")
 
 
 def make_counts(
@@ -103,7 +113,7 @@ def make_counts(
     The rows are emitted tokens, target calls, accepted and tested tokens. The random numbers are
     the same in every call: two drafts are compared on equal terms.
     """
-    rng = jax.random.fold_in(jax.random.key(seed), 0x7A0)
+    rng = jax.random.fold_in(jax.random.key(seed), TRIAL)
     real = np.concatenate([batch.example_ids for batch in batches]) >= 0
 
     def counts_of(params: Any, temperature: float) -> np.ndarray:

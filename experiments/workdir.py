@@ -53,7 +53,10 @@ class Workdir:
         if present - {CONFIG, LOCK, ARRIVALS, _beside(Path(CONFIG)).name}:
             _refuse_other_run(path, theirs, experiment, config, may_change)
         self._is_new = not path.exists()
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # parents that no one can make, as in /proc
+            raise UserError(f"--workdir={path} cannot be made there; choose another") from error
         self.path = path
         self._unlock = weakref.finalize(self, os.close, _lock(path))
         write_json(path / CONFIG, {"experiment": experiment, **dataclasses.asdict(config)})

@@ -19,7 +19,7 @@ from distillspec_jax.data.written import WrittenTexts
 from distillspec_jax.errors import UserError, unknown_name
 
 _Splits = Mapping[str, Callable[[], Examples]]
-METRICS = ("exact_match_number", "rouge2", "bleu", "none")
+METRICS = ("exact_match_number", "rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "none")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,9 +18,15 @@ ROW_IDS = np.iinfo(np.int32)
 
 def check_count(name: str, value: object, least: int = 1) -> None:
     """Raises UserError unless the setting is an integer of at least `least`; 2.0 is none."""
-    if not isinstance(value, int | np.integer) or value < least:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
         right = f"an integer of at least {least}" if least else "0 (off) or a positive integer"
         raise UserError(f"{name} is {value}; it must be {right}")
+
+
+def check_kind(name: str, value: object, kind: type) -> None:
+    """Raises UserError unless the setting is a `kind`: a Sampling, a BlockLength ..."""
+    if not isinstance(value, kind):
+        raise UserError(f"{name} is {value!r}; it must be a {kind.__name__}")
 
 
 def check_request(

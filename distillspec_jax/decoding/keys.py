@@ -6,8 +6,15 @@ draws the same numbers alone, in any batch and in any place of it.
 
 from __future__ import annotations
 
+import zlib
+
 import jax
 import jax.numpy as jnp
+
+
+def purpose_key(seed: int | jax.Array, purpose: str) -> jax.Array:
+    """The key of everything random that is done for one purpose: no two share their numbers."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
 
 
 def row_keys(rng: jax.Array, row_ids: jax.Array) -> jax.Array:

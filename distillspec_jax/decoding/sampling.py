@@ -8,6 +8,7 @@ was drawn from. Everything is float32 and built of reductions: on a CPU a sort o
 from __future__ import annotations
 
 import dataclasses
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +36,14 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
+        for field in ("temperature", "top_p"):
+            value = getattr(self, field)
+            if not isinstance(value, numbers.Real):
+                raise UserError(f"{field} is {value!r}; it must be a number")
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or positive")
         check_count("top_k", self.top_k, least=0)
-        if not 0 < self.top_p <= 1:
+        if not _SMALLEST_NORMAL <= self.top_p <= 1:  # below, float32 has 0
             raise UserError(f"top_p is {self.top_p}; it must be in (0, 1], 1 being off")
 
     @property

@@ -10,7 +10,7 @@ from flax import struct
 
 from distillspec_jax.data.vocabulary import check_same
 from distillspec_jax.decoding.block_length import FIXED, BlockLength
-from distillspec_jax.decoding.checks import check_count
+from distillspec_jax.decoding.checks import check_count, check_kind
 from distillspec_jax.decoding.lenience import Lenience
 from distillspec_jax.decoding.sampling import STANDARD, Sampling
 from distillspec_jax.decoding.verification import RULES
@@ -19,6 +19,7 @@ from distillspec_jax.models.cache import Cache
 from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.models.transformer import Transformer
 
+_EXACT = Lenience()
 ACCEPTED, CORRECTED, BONUS = 1, 2, 3  # origins of a token; 0 is padding
 
 
@@ -29,7 +30,7 @@ class Speculation:
     gamma: tokens a block may draft; `block_length` may stop a row earlier.
     draft_sampling: of the draft, `sampling` if None; any choice leaves the law the target's.
     verification: "token", "block" or "greedy"; at temperature 0 all mean "greedy".
-    lenience: lossy acceptance, with token verification alone.
+    lenience: lossy acceptance, with token verification alone; an exact one becomes None.
     num_drafts: independent drafts of every block, verified in one call; with more than one,
         token verification becomes K-SEQ (`multi_draft.k_seq_rule`).
     keeps_hidden: whether the output has the target's hidden states, for a loss on its texts.
@@ -48,6 +49,13 @@ class Speculation:
     keeps_hidden: bool = False
 
     def __post_init__(self) -> None:
+        check_kind("sampling", self.sampling, Sampling)
+        check_kind("draft_sampling", self.draft_sampling or self.sampling, Sampling)
+        check_kind("lenience", self.lenience or _EXACT, Lenience)
+        check_kind("block_length", self.block_length, BlockLength)
+        check_kind("verification", self.verification, str)
+        if self.lenience is not None and self.lenience.is_exact:
+            object.__setattr__(self, "lenience", None)
         for field in ("gamma", "max_new_tokens", "num_drafts"):
             check_count(field, getattr(self, field))
         if self.verification not in RULES:
@@ -67,7 +75,7 @@ class Speculation:
     @property
     def is_lossless(self) -> bool:
         """Whether the output has the target's law; at temperature 0 no lenience changes it."""
-        return self.sampling.is_greedy or self.lenience is None or self.lenience.is_exact
+        return self.sampling.is_greedy or self.lenience is None
 
     @property
     def configs(self) -> tuple[ModelConfig, ModelConfig]:

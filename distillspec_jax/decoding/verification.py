@@ -11,8 +11,8 @@ target_probs[:, i] is p after i draft tokens, draft_probs[:, i] the q that token
 with the paper's count from 1, p_{i+1}, q_{i+1} and x_{i+1}. The next token is the correction of a
 rejected token, or the bonus token of p where all of the row's tokens are accepted.
 
-Comparisons are strict and free of divisions: with u in [0, 1), `u q < p` always accepts where
-p = q and never where p = 0. Sources: PAPER sections given at each rule.
+Comparisons are strict: with u in [0, 1), `u q < p` always accepts where p = q and never where
+p = 0.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ has written nothing there: the losses leave that position out.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -40,8 +39,7 @@ Writer = Callable[[Any, Any, jax.Array, jax.Array, jax.Array], Text]
 
 def step_key(seed: jax.Array, purpose: str, step: jax.Array) -> jax.Array:
     """The key of everything random that one step does for one purpose."""
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
-    return jax.random.fold_in(key, step)
+    return jax.random.fold_in(keys.purpose_key(seed, purpose), step)
 
 
 def source_probabilities(recipe: Recipe) -> dict[str, float]:

@@ -28,10 +28,10 @@ ACCEPTANCE_FLOOR = 1e-5
 
 def _log_probs(target_logits: jax.Array, draft_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """log p (constant) and log q, float32; -inf where the logit is -inf."""
-    if target_logits.shape[-1] != draft_logits.shape[-1]:
+    if target_logits.shape != draft_logits.shape:
         raise UserError(
-            f"target and draft must score the same vocabulary: their logits have "
-            f"{target_logits.shape[-1]} and {draft_logits.shape[-1]} entries"
+            "target and draft must score the same positions and vocabulary: their logits have "
+            f"shapes {target_logits.shape} and {draft_logits.shape}"
         )
     target_logits = jax.lax.stop_gradient(target_logits)
     log_p = jax.nn.log_softmax(target_logits.astype(jnp.float32), axis=-1)

@@ -94,7 +94,7 @@ def along_texts(
     sampling: Sampling = STANDARD,
     draft_sampling: Sampling | None = None,
 ) -> TeacherForced:
-    """Scores texts of the target with both models, one forward pass each (PAPER section 1).
+    """Scores texts of the target with both models, one forward pass each (arXiv 2310.08461, eq. 3).
 
     Args:
       inputs: [B, S] int32, right-padded prompts.
@@ -121,7 +121,7 @@ def blocks_along_texts(
     A block that starts at t drafts tokens t .. t + gamma - 1; the first that is not accepted ends
     the block as its correction, else token t + gamma is the bonus. With f_t the probability that
     a block starts at t, calls = sum_t f_t, and over blocks that no end cuts
-    tokens / calls = 1 + sum_{k<=gamma} E prod_{j<=k} beta_j (PAPER section 6.23). Exact for token
+    tokens / calls = 1 + sum_{k<=gamma} E prod_{j<=k} beta_j. Exact for token
     verification where `accept` is `TeacherForced.accept`; sums over texts give tau. Only blocks
     that start before T - gamma count: the limit of the texts cannot cut those, as it does not cut
     what the sampler counts. (The first one counts always: of T <= gamma tau comes out too low.)

@@ -34,10 +34,10 @@ DRAFT_STEP, TARGET_STEP = "draft step", "target step"  # names of loops, as veri
 def predicted_speedup(
     block_efficiency: float, gamma: int, cost_ratio: float, verification_cost: float = 1.0
 ) -> float:
-    """tau / (c gamma + v): tokens per block over its cost in target steps (PAPER section 1).
+    """tau / (c gamma + v): tokens per block over its cost in target steps.
 
-    With v = 1 the formula of the papers; with c = params(draft) / params(target) the memory-bound
-    speed-up MBSU of arXiv 2404.08856.
+    With v = 1 the formula of the papers (arXiv 2211.17192, theorem 3.8); with
+    c = params(draft) / params(target) the memory-bound speed-up MBSU of arXiv 2404.08856.
     """
     return block_efficiency / (cost_ratio * gamma + verification_cost)
 

@@ -40,11 +40,17 @@ class Metric:
     is_proportion: bool = False
 
 
-def _numbers(references: Sequence[str]) -> list[float | None]:
+Where = Callable[[int], str]
+
+
+def _numbers(references: Sequence[str], where: Where = "reference {}".format) -> list[float | None]:
     wanted = [final_number(reference) for reference in references]
     if None in wanted:
         row = wanted.index(None)
-        raise UserError(f"reference {row} has no final number '#### N': {references[row]!r}")
+        raise UserError(
+            f"{where(row)} has no final number '#### N', as metric 'exact_match_number' wants it: "
+            f"{references[row]!r}"
+        )
     return wanted
 
 
@@ -106,10 +112,13 @@ METRICS = {
 }
 
 
-def has_references(metric: str, references: Sequence[str]) -> bool:
+def has_references(
+    metric: str, references: Sequence[str], where: Where = "reference {}".format
+) -> bool:
     """Whether texts can be scored: by a metric, against references, of which none is missing.
 
-    Raises UserError for an unknown metric, and if only some have a reference that it can read.
+    `where` says where a reference is from. Raises UserError for an unknown metric, and if only
+    some have a reference that it can read.
     """
     if metric == "none":
         return False
@@ -118,13 +127,13 @@ def has_references(metric: str, references: Sequence[str]) -> bool:
     empty = [row for row, reference in enumerate(references) if not reference.strip()]
     if empty and len(empty) < len(references):
         raise UserError(
-            f"{len(empty)} of {len(references)} references are empty, the first is number "
-            f"{empty[0]}; metric '{metric}' needs all of them, or give metric 'none'"
+            f"{len(empty)} of {len(references)} references are empty, the first is "
+            f"{where(empty[0])}; metric '{metric}' needs all of them, or give metric 'none'"
         )
     if empty:
         return False
     if metric == "exact_match_number":
-        _numbers(references)
+        _numbers(references, where)
     return True
 
 

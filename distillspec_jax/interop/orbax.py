@@ -15,7 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 
 import distillspec_jax
-from distillspec_jax.errors import UserError
+from distillspec_jax.errors import UserError, first_line
 from distillspec_jax.interop import layout, placing
 from distillspec_jax.interop.folders import new_folder, refuse_links
 from distillspec_jax.interop.native import model_config
@@ -77,8 +77,7 @@ def read_params(
     except UserError:
         raise
     except Exception as error:  # whatever a damaged file makes Orbax raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"the checkpoint {step} is damaged: {reason}") from error
+        raise UserError(f"the checkpoint {step} is damaged: {first_line(error)}") from error
     finally:
         handler.close()
 

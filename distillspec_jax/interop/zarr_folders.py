@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import tensorstore
 
-from distillspec_jax.errors import UserError
+from distillspec_jax.errors import UserError, first_line
 from distillspec_jax.interop.folders import read_json_object
 from distillspec_jax.interop.safetensors_files import MAX_RANK, is_sizes
 
@@ -46,8 +46,9 @@ class ZarrArray:
             view = store if layer is None else store[:, layer]
             return np.asarray(view.read().result())
         except (ValueError, OSError) as error:
-            reason = str(error).splitlines()[0][:160]
-            raise UserError(f"the array {self.folder} cannot be read: {reason}") from error
+            raise UserError(
+                f"the array {self.folder} cannot be read: {first_line(error)}"
+            ) from error
 
 
 def open_array(parent: Path, name: str) -> ZarrArray:

@@ -36,7 +36,7 @@ def _checksums(params: Params) -> list[jax.Array]:
 
 
 def _checksum(leaf: jax.Array) -> jax.Array:
-    """sum_i mix(i) bits_i and sum_i mix(i + bits_i): a changed or moved number changes them."""
+    """sum_i mix(i) bits_i and sum_i mix(i ^ mix(bits_i)): other bits, other sums."""
     width = leaf.dtype.itemsize * 8
     bits = jax.lax.bitcast_convert_type(leaf, f"uint{width}").astype(jnp.uint32)
     strides = np.array([np.prod(leaf.shape[axis + 1 :]) for axis in range(leaf.ndim)])

@@ -17,7 +17,6 @@ Record = dict[str, Any]
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 
 LOSS_KINDS = LIKELIHOOD, DIVERGENCE = "likelihood", "divergence"
-LIKELIHOOD_RECIPES = ("sft", "seqkd")  # those of distill.recipes whose own loss is 'nll'
 
 # lists in the summary of `evaluate`, and what tables and figures need of each row
 EVALUATED = {
@@ -73,9 +72,7 @@ class Run:
         """What its training loss is, by its recipe; without one it is a fine-tuning."""
         if not self.recipe:
             return LIKELIHOOD
-        name, loss = self.recipe.get("name"), self.recipe.get("loss")  # null: the recipe's own
-        is_likelihood = loss == "nll" or (loss is None and name in LIKELIHOOD_RECIPES)
-        return LIKELIHOOD if is_likelihood else DIVERGENCE
+        return LIKELIHOOD if self.recipe.get("loss") == "nll" else DIVERGENCE
 
     def of_kind(self, kind: str) -> list[Record]:
         return [record for record in self.records if record.get("kind") == kind]

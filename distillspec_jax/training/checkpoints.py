@@ -41,7 +41,7 @@ from orbax.checkpoint import checkpoint_managers
 
 import distillspec_jax
 from distillspec_jax import hosts
-from distillspec_jax.errors import UserError, naming
+from distillspec_jax.errors import UserError, first_line, naming
 from distillspec_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
@@ -192,10 +192,10 @@ class Checkpoints:
         except (OSError, ValueError) as error:  # TensorStore's are ValueError
             if hosts.is_of_engine(error) or not _NO_WRITING.search(str(error)):
                 raise
-            whole = sorted(int(p.name) for p in self._folder.glob("*") if p.name.isdecimal())
+            whole = _steps(self._folder)
             kept = f"the one of step {whole[-1]} is whole" if whole else "there is none before it"
             raise UserError(
-                f"a checkpoint could not be saved in {self._folder} ({_first_line(error)}); "
+                f"a checkpoint could not be saved in {self._folder} ({first_line(error)}); "
                 f"{kept}; make room or allow writing, then start the same command again"
             ) from error
 
@@ -234,12 +234,12 @@ class Checkpoints:
         except Exception as error:
             cause = _cause(error)
             if _shows_damage(cause):
-                return None, _first_line(cause)
+                return None, first_line(cause)
             place = self._folder / str(step)
             if isinstance(cause, PermissionError) or str(cause).startswith("PERMISSION_DENIED"):
                 drop_unfinished_reads()
                 raise UserError(
-                    f"checkpoint {place} may not be read ({_first_line(cause)}); allow reading, "
+                    f"checkpoint {place} may not be read ({first_line(cause)}); allow reading, "
                     "then start the same command again"
                 ) from error
             error.add_note(f"checkpoint {place} was not read; nothing says that it is damaged")
@@ -274,6 +274,13 @@ class Checkpoints:
                 raise UserError(
                     f"checkpoint {place} belongs to another run: its {key} is {theirs}, "
                     f"this run's is {mine}; use another workdir"
+                )
+        mine, theirs = (each.get("sources", {}) for each in (self._description, stored))
+        for name in mine.keys() & theirs.keys():
+            if mine[name] != theirs[name]:
+                raise UserError(
+                    f"checkpoint {place} was made with another {name}: what its path leads to has "
+                    "changed since; put that back, or use another workdir"
                 )
 
     def _put_aside(self, step: int, reason: str) -> None:
@@ -321,17 +328,26 @@ def checksums(tree: Any) -> jax.Array:
     return jnp.stack([one(leaf) for leaf in jax.tree.leaves(tree)])
 
 
+def newest_step(workdir: Path) -> int:
+    """The step of the newest checkpoint, -1 if there is none."""
+    return max(_steps(workdir / FOLDER), default=-1)
+
+
 def chosen_step(workdir: Path) -> int:
     """The step whose weights stand for the run: the best one saved, else the newest.
 
     Raises UserError if there is no checkpoint.
     """
     folder = workdir / FOLDER
-    steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
+    steps = _steps(folder)
     if not steps:
         raise UserError(f"there is no checkpoint in {folder}")
     best = [step for step in steps if _says_best(folder / str(step))]
     return max(best or steps)
+
+
+def _steps(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
 
 
 def _mark_best(checkpoint: Path) -> None:
@@ -388,11 +404,6 @@ def _shows_damage(error: BaseException) -> bool:
         return isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
     of_content = ValueError | LookupError | AttributeError | TypeError
     return isinstance(error, of_content) and not str(error).startswith(_NO_DAMAGE)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return lines[0][:200] if lines else type(error).__name__
 
 
 def drop_unfinished_reads() -> None:

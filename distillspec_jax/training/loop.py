@@ -40,7 +40,7 @@ Figures = dict[str, Any]  # numbers, and [low, high] of their intervals
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """When to log, evaluate, save and stop; all intervals in steps, 0 means never."""
+    """When to log, evaluate, save and stop; intervals in steps, 0: only at the ends."""
 
     log_every: int = 50
     evaluate_every: int = 500  # also before the first and after the last step
@@ -102,7 +102,7 @@ class Hooks:
 
     evaluate: state -> figures (floats, and [low, high] for intervals); called before the first
       step, every `evaluate_every`, at the end.
-    learning_rate: step -> rate, only to log it.
+    learning_rate: updates before -> rate, only to log it.
     notice: figures of a training record -> a line to say, if something is wrong with them.
     place: puts a batch on the devices.
     """
@@ -301,7 +301,8 @@ class _Loop:
         values["seconds"], values["compile_seconds"] = memory.seconds, memory.compile_seconds
         values["skipped_updates"] = skipped
         if self._hooks.learning_rate is not None:
-            values["learning_rate"] = float(self._hooks.learning_rate(step - 1))
+            updates = max(step - skipped, 1)  # the schedule counts those alone
+            values["learning_rate"] = float(self._hooks.learning_rate(updates - 1))
         self._writer.write("train", step, values)
         line = self._hooks.notice(values) if self._hooks.notice else None
         if line and not self._is_warned:  # once, until it was well again

@@ -160,9 +160,7 @@ def _ways(
             changed = dataclasses.replace(run, loop=settings)
             with (
                 tempfile.TemporaryDirectory() as folder,
-                parts.open_run(
-                    Path(folder) / "run", "loop", changed, task, prepared.models["draft"]
-                ) as opened,
+                parts.open_run(Path(folder) / "run", "loop", changed, task, prepared) as opened,
             ):
                 train(
                     prepared.call,

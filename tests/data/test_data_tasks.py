@@ -4,8 +4,10 @@ import dataclasses
 
 import pytest
 
+from distillspec_jax.data import tasks
 from distillspec_jax.data.tasks import TaskConfig, load_task
 from distillspec_jax.errors import UserError
+from distillspec_jax.evaluation import quality
 
 
 @pytest.fixture
@@ -85,6 +87,11 @@ def test_inputs_end_as_the_models_were_trained(own):
     assert ends(vocabulary="arithmetic_stories", input_eos=True)
 
 
+def test_every_metric_that_is_scored_can_be_asked_for(own):
+    assert set(quality.METRICS) | {"none"} == set(tasks.METRICS)
+    assert load_task(dataclasses.replace(own, metric="rougeL")).metric == "rougeL"
+
+
 def test_first_examples_alone(own):
     task = load_task(own)
     (batch,) = task.eval_batches("train", batch_size=3, count=1)
@@ -104,7 +111,7 @@ def test_prefix_and_its_default(tmp_path, own):
     ("changes", "message"),
     [
         ({"name": "arithmetic_storys"}, "did you mean 'arithmetic_stories'"),
-        ({"metric": "rouge3"}, "did you mean 'rouge2'"),
+        ({"metric": "rouge3"}, "did you mean 'rouge"),
         ({"name": "jsonl"}, "task 'jsonl' has no vocabulary of its own"),
         (
             {"name": "jsonl", "vocabulary": "bytes"},

@@ -14,7 +14,7 @@ from distillspec_jax.decoding.block_length import FIXED, BlockLength, efficiency
 from distillspec_jax.decoding.lenience import Lenience
 from distillspec_jax.decoding.sampling import Sampling
 from distillspec_jax.decoding.speculative import speculate_checked, speculative_sample
-from distillspec_jax.decoding.state import ACCEPTED, BONUS, CORRECTED, Speculation
+from distillspec_jax.decoding.state import ACCEPTED, BONUS, CORRECTED, Speculation, Verdict
 from distillspec_jax.errors import UserError
 from distillspec_jax.models.transformer import Transformer, extend, hidden_states, score
 
@@ -171,6 +171,8 @@ def test_statistics_agree_with_the_text(pairs, prompts, kind, mode):
     blocks = last_tokens + (ends_by_draft & s.finished)
     assert (blocks == s.target_calls)[no_cut].all()
     assert ((origins == ACCEPTED).sum(axis=1) == s.accepted)[no_cut].all()
+    corrected = (origins == CORRECTED).sum(axis=1)
+    assert (s.accepted + corrected == s.tested)[no_cut].all()  # what was tested stayed or was not
     assert (s.emitted == s.accepted + s.target_calls - (ends_by_draft & s.finished)).all()
 
     histogram = s.accepted_histogram
@@ -189,6 +191,50 @@ def test_statistics_agree_with_the_text(pairs, prompts, kind, mode):
     assert (s.draft_steps <= GAMMA * s.target_calls).all()
     if mode == "adaptive":
         assert s.drafted.sum() < 0.8 * GAMMA * s.target_calls.sum()
+
+
+@pytest.mark.parametrize("own_draft", [True, False])
+def test_blocks_are_as_long_as_the_schedule_allows(pairs, prompts, own_draft):
+    """Two more behind a block that was kept whole, else one less, from the first block on."""
+    pair = pairs[DECODER_ONLY]
+    endless = [dataclasses.replace(m.config, eos_id=-1) for m in (pair.target, pair.draft)]
+    target, draft = map(Transformer, endless)
+    params = pair.target_params, pair.draft_params
+    if own_draft:
+        draft, params = target, (pair.target_params, pair.target_params)
+    gamma = 4
+    speculation = Speculation(target, draft, gamma, 40, block_length=BlockLength(schedule_start=1))
+    state = speculative.begin(speculation, *params, prompts, RNG, jnp.arange(len(prompts)))
+    advance = jax.jit(speculative.advance, static_argnums=0)
+    allowance, before = np.ones(len(prompts)), state.statistics
+    for _ in range(5):
+        state = advance(speculation, *params, state)
+        s = state.statistics
+        drafted, accepted = s.drafted - before.drafted, s.accepted - before.accepted
+        np.testing.assert_array_equal(drafted, allowance)
+        change = np.where(accepted == drafted, 2, -1)
+        allowance, before = np.clip(allowance + change, 1, gamma), s
+    assert (allowance == gamma).all() == own_draft
+
+
+def test_nan_in_a_row_stops_that_row_alone(pairs, prompts):
+    pair, rows = pairs[DECODER_ONLY], len(prompts)
+    speculation = Speculation(pair.target, pair.draft, GAMMA, LIMIT)
+    models = pair.target_params, pair.draft_params
+    state = speculative.begin(speculation, *models, prompts, RNG, jnp.arange(rows))
+    is_finite = np.arange(rows) != 7
+    verdict = Verdict(
+        path=jnp.zeros(rows, jnp.int32),
+        tokens=jnp.full((rows, GAMMA), 5),
+        lengths=jnp.full(rows, GAMMA),
+        num_accepted=jnp.ones(rows, jnp.int32),
+        next_token=jnp.full(rows, 6),
+        finite=jnp.asarray(is_finite),
+    )
+    after = speculative.emit(speculation, state, verdict, jnp.int32(GAMMA))
+    np.testing.assert_array_equal(after.lengths, np.where(is_finite, 2, 0))
+    np.testing.assert_array_equal(after.active, is_finite)
+    np.testing.assert_array_equal(after.statistics.finite, is_finite)
 
 
 def test_efficiency_at_the_gamma_that_was_decoded_is_the_measured_one(pairs, prompts):
@@ -333,6 +379,13 @@ def test_greedy_output_is_lossless_whatever_the_lenience(pairs, prompts):
     assert lenient.lossless
 
 
+@pytest.mark.parametrize("settings", [{"verification": "block"}, {"num_drafts": 2}])
+def test_an_exact_lenience_is_none_with_every_rule(pairs, settings):
+    models = pairs[ENCODER_DECODER].target, pairs[ENCODER_DECODER].draft
+    exact = Speculation(*models, GAMMA, LIMIT, lenience=Lenience("square", 1.0), **settings)
+    assert exact == Speculation(*models, GAMMA, LIMIT, **settings)
+
+
 @pytest.mark.parametrize("which", ["target", "draft"])
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling()], ids=["greedy", "sampled"])
 def test_nan_in_the_weights_is_an_error_at_once(pairs, prompts, spoil, which, sampling):
@@ -363,9 +416,17 @@ def test_nan_stops_the_row_before_a_token_is_written(pairs, prompts, spoil):
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"verification": "blok"}, "did you mean 'block'"),
         ({"verification": "greedy"}, "greedy verification needs temperature 0"),
-        ({"verification": "block", "lenience": Lenience()}, "no exact base"),
+        ({"verification": "block", "lenience": Lenience("linear", 0.5)}, "no exact base"),
         ({"num_drafts": 0}, "num_drafts is 0"),
+        ({"num_drafts": 2, "lenience": Lenience("linear", 0.5)}, "several drafts need token"),
         ({"num_drafts": 2, "verification": "block"}, "several drafts need token"),
+        ({"gamma": True}, "gamma is True"),
+        ({"sampling": 1.0}, r"sampling is 1\.0; it must be a Sampling"),
+        ({"sampling": None}, "sampling is None; it must be a Sampling"),
+        ({"draft_sampling": 0.5}, r"draft_sampling is 0\.5; it must be a Sampling"),
+        ({"sampling": GREEDY, "lenience": 0.5}, r"lenience is 0\.5; it must be a Lenience"),
+        ({"block_length": 3}, "block_length is 3; it must be a BlockLength"),
+        ({"verification": None}, "verification is None; it must be a str"),
     ],
 )
 def test_settings_out_of_range_are_refused(pairs, prompts, settings, named):

@@ -323,11 +323,16 @@ def test_beta_at_the_ends_is_refused_with_what_to_use(beta, instead):
         divergences.named("jsd", beta=beta)
 
 
-def test_unknown_name_and_unequal_vocabularies():
+def test_unknown_name():
     with pytest.raises(UserError, match=r"unknown divergence 'forwardkl'.*'forward_kl'"):
         divergences.named("forwardkl")
-    with pytest.raises(UserError, match="5 and 7"):
-        divergences.tvd(jnp.zeros((2, 5)), jnp.zeros((2, 7)))
+
+
+@pytest.mark.parametrize("draft", [(2, 7), (5,), (1, 5), (3, 2, 5)])
+def test_logits_of_other_shapes_are_refused(draft):
+    """Not broadcast: a row of logits against a batch would be a plausible number."""
+    with pytest.raises(UserError, match=re.escape(f"have shapes (2, 5) and {draft}")):
+        divergences.tvd(jnp.zeros((2, 5)), jnp.zeros(draft))
 
 
 def texts(size: int, horizon: int) -> list[tuple[int, ...]]:

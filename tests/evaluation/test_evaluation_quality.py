@@ -6,7 +6,7 @@ import pytest
 import sacrebleu
 
 from distillspec_jax.errors import UserError
-from distillspec_jax.evaluation.quality import final_number, pooled_quality, quality
+from distillspec_jax.evaluation.quality import final_number, has_references, pooled_quality, quality
 
 
 @pytest.mark.parametrize(
@@ -57,8 +57,18 @@ def test_rouge_agrees_with_t5(shared_data, kind, mean):
 def test_texts_without_references_have_no_quality(metric):
     """Which is not a quality of 0."""
     assert quality(metric, ["a", "b"], ["", " "]) is None
-    with pytest.raises(UserError, match=r"2 of 3 references are empty, the first is number 1;"):
+    with pytest.raises(UserError, match=r"2 of 3 references are empty, the first is reference 1;"):
         quality(metric, ["a", "b", "c"], ["#### 1", "", ""])
+
+
+def test_a_reference_that_cannot_be_read_is_told_by_its_place():
+    def where(row):
+        return f"own.jsonl:{row + 1}"
+
+    with pytest.raises(UserError, match=r"own.jsonl:2 has no final number '#### N'.*: 'b'"):
+        has_references("exact_match_number", ["#### 1", "b"], where)
+    with pytest.raises(UserError, match=r"the first is own.jsonl:2;"):
+        has_references("bleu", ["a", ""], where)
 
 
 def test_all_right_in_every_seed_is_as_sure_as_in_one():

@@ -255,6 +255,11 @@ def test_a_file_that_is_no_python_is_told(call, tmp_path):
             "error: this does not fit into memory (RESOURCE_EXHAUSTED: Out of memory.); --plan "
             "says what is needed and which option makes it less\n",
         ),
+        (
+            jax.errors.JaxRuntimeError("INTERNAL: Error dispatching: Out of memory allocating 7."),
+            "error: this does not fit into memory (INTERNAL: Error dispatching: Out of memory "
+            "allocating 7.); --plan says what is needed and which option makes it less\n",
+        ),
     ],
 )
 def test_errors_of_main_are_one_sentence_and_code_2(call, tmp_path, error, words):

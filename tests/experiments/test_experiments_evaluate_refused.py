@@ -110,6 +110,7 @@ def test_seeds_are_in_their_order_whatever_the_list_s(config, models):
         ("lenience", (1.0, 0.3, 0.3), "0.3"),
         ("gamma_grid", (5, 2, 5), "5"),
         ("timed_batch_sizes", (1, 1), "1"),
+        ("temperatures", (0.1, 0.1 + 1e-9), "0.1"),  # rows and figures would have one name
     ],
 )
 def test_a_repeated_entry_is_refused(config, field, values, told):

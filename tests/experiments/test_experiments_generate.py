@@ -9,6 +9,7 @@ import pytest
 from distillspec_jax import zoo
 from distillspec_jax.data.tasks import TaskConfig, load_task
 from distillspec_jax.data.written import WrittenTexts
+from distillspec_jax.decoding import keys
 from distillspec_jax.decoding.autoregressive import autoregressive_sample
 from distillspec_jax.errors import UserError
 from distillspec_jax.models.fingerprint import fingerprint
@@ -67,12 +68,13 @@ def test_texts_are_the_target_s_and_keyed_by_their_number(run, tmp_path, models,
 
     task = load_task(TaskConfig(**task_fields))
     [batch] = task.eval_batches("train", batch_size=13)
+    assert keys.purpose_key(SEED, "generate") != jax.random.key(SEED)  # by which others decode
     for sample in range(2):
         output = autoregressive_sample(
             model,
             params,
             batch.inputs,
-            jax.random.key(SEED),
+            keys.purpose_key(SEED, "generate"),
             max_new_tokens=LIMIT,
             row_ids=np.arange(13) + 13 * sample,
         )
@@ -183,6 +185,19 @@ def test_other_makers_are_refused(run, tmp_path, models, task_fields):
     (tmp_path / "texts" / "texts-00000-of-00005.array_record").write_bytes(b"no records")
     with pytest.raises(UserError, match="is no file of texts, or broken"):
         WrittenTexts(tmp_path / "texts")
+
+
+def test_other_prompts_behind_the_same_path_are_refused(run, tmp_path, stories, monkeypatch):
+    assert run()[0] is None
+    (tmp_path / "texts" / "texts-00003-of-00005.array_record").unlink()
+    lines = (stories / "train.jsonl").read_text()
+    try:
+        (stories / "train.jsonl").write_text("".join(sorted(lines.splitlines(keepends=True))))
+        code, _, err = run()
+    finally:
+        (stories / "train.jsonl").write_text(lines)
+    assert code == 2
+    assert "texts-00000-of-00005.array_record was made with another data; choose" in err
 
 
 def test_distill_refuses_texts_of_another_target(run, enter, config_file, tmp_path):

@@ -171,6 +171,9 @@ def test_control_is_the_same_run_by_likelihood(run, tmp_path):
     train = [r for r in records(tmp_path / "run") if r["kind"] == "train"]
     assert all(r["source_fixed"] == 1 and "acceptance_rate" not in r for r in train)
     assert summary(tmp_path / "run")["recipe"] == "sft"
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["recipe"] == dataclasses.asdict(RECIPES["sft"])  # nothing is left to be looked up
+    assert run("distill", "--config.recipe.name=sft", "--config.recipe.loss=nll")[0] is None
     assert "block_efficiency_t1" in summary(tmp_path / "run")
 
 
@@ -260,10 +263,58 @@ def test_a_run_that_is_all_warm_up_is_warned_of(run):
     assert "warning" not in out
 
 
+def test_updates_that_were_left_out_are_said(run, tmp_path):
+    steps = {"steps": 3, "optimizer__learning_rate": 1e38}
+    code, out, err = run("finetune", **steps)
+    assert code is None, err
+    left_out = summary(tmp_path / "run")["skipped_updates"]
+    assert left_out == 2
+    assert "warning: 2 updates were left out, for their gradients were not finite" in out
+
+
+def test_what_a_run_read_is_told_by_digests(tmp_path, models, stories):
+    """Names may stay while weights and data behind them change; a fresh draft is its seed."""
+    splits = ("train", "validation")
+    for split in splits:
+        (tmp_path / f"{split}.jsonl").write_text((stories / f"{split}.jsonl").read_text())
+
+    def sources(**roles):
+        files = {f"{split}_file": str(tmp_path / f"{split}.jsonl") for split in splits}
+        config = FinetuneConfig(
+            model="x",
+            steps=1,
+            batch_size=1,
+            task=TaskConfig(name="jsonl", vocabulary="bytes", **files),
+        )
+        loaded = {role: load_model(models / name) for role, name in roles.items()}
+        first = next(iter(loaded.values()))
+        state = SimpleNamespace(params=first.params)
+        prepared = parts.Prepared("", loaded, state, None)
+        return parts._sources(config, load_task(config.task), prepared)
+
+    before = sources(draft="draft", target="target")
+    assert set(before) == {"draft", "target", *(f"data of '{split}'" for split in splits)}
+    assert sources(draft="draft", target="target") == before
+    for changed in (
+        {"draft": "foreign", "target": "target"},
+        {"draft": "draft", "target": "draft"},
+    ):
+        after = sources(**changed)
+        [role] = [role for role in before if after[role] != before[role]]
+        assert changed[role] != role
+    path = tmp_path / "validation.jsonl"
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    after = sources(draft="draft", target="target")
+    assert [name for name in before if after[name] != before[name]] == ["data of 'validation'"]
+
+
 def test_more_steps_go_on_only_if_the_rates_stay(tmp_path, models, stories):
-    jsonl = TaskConfig(name="jsonl", vocabulary="bytes", train_file=str(stories / "train.jsonl"))
+    files = {f"{split}_file": str(stories / f"{split}.jsonl") for split in ("train", "validation")}
+    jsonl = TaskConfig(name="jsonl", vocabulary="bytes", **files)
     task = load_task(jsonl)
     loaded = load_model(models / "draft")
+    state = SimpleNamespace(params=loaded.params)
+    prepared = parts.Prepared("", {"model": loaded}, state, None)
 
     def open_run(steps, schedule, log_every=50):
         config = FinetuneConfig(
@@ -274,7 +325,7 @@ def test_more_steps_go_on_only_if_the_rates_stay(tmp_path, models, stories):
             optimizer=OptimizerConfig(schedule=schedule),
             loop=LoopConfig(log_every=log_every),
         )
-        with parts.open_run(tmp_path / schedule, "finetune", config, task, loaded) as run:
+        with parts.open_run(tmp_path / schedule, "finetune", config, task, prepared) as run:
             (run.workdir.path / "metrics.jsonl").write_text("")
 
     open_run(2, "constant")
@@ -282,6 +333,10 @@ def test_more_steps_go_on_only_if_the_rates_stay(tmp_path, models, stories):
     open_run(2, "cosine")
     with pytest.raises(UserError, match="its steps is 2, yours is 4"):
         open_run(4, "cosine")
+    (tmp_path / "constant" / "checkpoints" / "4").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"has taken 4 steps, config.steps is 3; choose another"):
+        open_run(3, "constant")
+    assert json.loads((tmp_path / "constant" / "config.json").read_text())["steps"] == 4
 
 
 def load_model(path):
@@ -334,5 +389,5 @@ def test_references_that_the_metric_cannot_read_are_refused_before_a_step(storie
     )
     batch.targets[1] = vocabulary.pad_id
     task = SimpleNamespace(vocabulary=vocabulary, metric="exact_match_number", target_length=57)
-    with pytest.raises(UserError, match="1 of 3 references are empty, the first is number 1"):
+    with pytest.raises(UserError, match="1 of 3 references are empty, the first is reference 1"):
         watching.make_quality(None, task, [batch])

@@ -42,6 +42,13 @@ def test_bad_lines_are_told_with_their_number(run, tmp_path, stories, kind, line
     assert not (tmp_path / "run").exists()
 
 
+def test_a_bad_line_of_the_validation_is_told_with_its_number(run, tmp_path, stories):
+    path = bad_line(
+        tmp_path_of(stories, tmp_path), '{"input": "%s", "target": "x"}' % ("the " * 99)
+    )
+    refused(run("distill", task__validation_file=path), "bad.jsonl:4")
+
+
 def tmp_path_of(stories, tmp_path):
     (tmp_path / "train.jsonl").write_text((stories / "train.jsonl").read_text())
     return tmp_path
@@ -100,6 +107,8 @@ def refused(result, words):
         ("finetune", {"task__teacher_data": "x"}, "this run reads 'train', 'validation'"),
         ("finetune", {"train_split": "train[:50%]"}, "'train[:50%]' of task 'jsonl' is no part of"),
         ("distill", {"decoder__temperatures": ()}, "decoder.temperatures"),
+        ("distill", {"decoder__temperatures": (0.0, 0.0, 1.0)}, "has 0 more than once; give each"),
+        ("distill", {"decoder__temperatures": (0.1, 0.1 + 1e-9)}, "has 0.1 more than once"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(run, tmp_path, models, kind, changes, words):

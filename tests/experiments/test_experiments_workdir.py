@@ -113,6 +113,13 @@ def test_files_that_are_no_run_are_left_alone(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_a_folder_that_no_one_can_make_is_told():
+    if not Path("/proc/self").is_dir():
+        pytest.skip("there is no /proc")
+    with pytest.raises(UserError, match="--workdir=/proc/nothing cannot be made there; choose"):
+        Workdir(Path("/proc/nothing"), "finetune", Config())
+
+
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file, must be a folder"):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from distillspec_jax.distill.recipes import RECIPES
+
 NAMES = ("finetuned", "control", "distilled")
 VERSIONS = {
     "jax_version": "0.10.2",
@@ -96,7 +98,11 @@ def training(recipe, slope):
         loss = {"step": step, "kind": "train", "wall_time": 0.0, "loss": 0.3 / (1 + slope * step)}
         tau = {f"block_efficiency_t{t}": 4 + slope * step / 3 for t in (0, 1)}
         records += [loss, {"step": step, "kind": "eval", "wall_time": 0.0, **tau}]
-    config = {"experiment": "distill", "seed": 0, "recipe": {"name": recipe}}
+    config = {
+        "experiment": "distill",
+        "seed": 0,
+        "recipe": {"name": recipe, "loss": RECIPES[recipe].loss},
+    }
     summary = {"steps": 1000, "best_step": 900, "train_seconds": 61.5, **VERSIONS}
     return config, records, summary
 

@@ -30,8 +30,8 @@ def test_names_that_matplotlib_would_read_are_shown_as_they_are(runs_folder, nam
 def test_each_kind_of_loss_has_a_panel_of_its_own():
     runs = [
         run_of("draft", 7.0),
-        run_of("control", 6.0, recipe={"name": "sft", "loss": None}),
-        run_of("distilled", 0.02, recipe={"name": "distillspec", "loss": None}),
+        run_of("control", 6.0, recipe={"name": "sft", "loss": "nll"}),
+        run_of("distilled", 0.02, recipe={"name": "distillspec", "loss": "jsd"}),
     ]
     figure = training(runs)
     assert {panel.get_title(): drawn_in(panel) for panel in figure.axes} == {
@@ -59,7 +59,7 @@ def test_four_panels_stand_in_two_rows(runs_folder):
 
 def test_no_empty_panel_fills_the_last_row():
     watched = {f"block_efficiency_t{t}": 4.0 for t in (0, 0.5, 1)}
-    run = run_of("distilled", recipe={"name": "distillspec", "loss": None})
+    run = run_of("distilled", recipe={"name": "distillspec", "loss": "jsd"})
     run.records.append({"kind": "eval", "step": 1, **watched})
     assert len(training([run, run_of("draft")]).axes) == 5  # in two rows of three
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from distillspec_jax.distill.recipes import RECIPES
+from distillspec_jax.distill.recipes import LOSSES, Recipe
 from distillspec_jax.errors import UserError
 from distillspec_jax.report.runs import Run, find_runs
 
@@ -187,16 +187,13 @@ def test_an_evaluation_without_its_rows_is_skipped(runs_folder, capsys, action, 
     assert str(path) in warning
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_the_kind_of_a_recipe_s_loss(name):
-    expected = "divergence" if RECIPES[name].needs_target_scores else "likelihood"
-    assert loss_kind(recipe={"name": name, "loss": None}) == expected
-    assert loss_kind(recipe={"name": name}) == expected
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_kind_of_a_loss(loss):
+    expected = "divergence" if Recipe(loss=loss).needs_target_scores else "likelihood"
+    assert loss_kind(recipe={"name": "distillspec", "loss": loss}) == expected
 
 
-def test_the_kind_of_a_changed_loss_and_of_fine_tuning():
-    assert loss_kind(recipe={"name": "sft", "loss": "tvd"}) == "divergence"
-    assert loss_kind(recipe={"name": "distillspec", "loss": "nll"}) == "likelihood"
+def test_the_kind_of_a_fine_tuning():
     assert loss_kind(experiment="finetune") == "likelihood"
 
 

@@ -69,11 +69,22 @@ def test_several_hosts_leave_no_device_idle(monkeypatch):
         make_mesh(MeshConfig(3))
 
 
-def test_a_mesh_that_does_not_divide_the_heads_is_refused():
-    mesh = make_mesh(MeshConfig(1, 1, 8))
+@pytest.mark.parametrize(
+    ("axis", "sizes", "fits"),
+    [
+        ("tensor", {"num_heads": 6}, 6),
+        ("tensor", {"d_ff": 20}, 5),
+        ("tensor", {"vocab_size": 44}, 4),
+        ("fsdp", {"d_model": 12}, 6),
+    ],
+)
+def test_a_mesh_that_does_not_divide_a_size_is_refused(axis, sizes, fits):
+    mesh = make_mesh(MeshConfig(**{"data": 1, axis: 8}))
     meshes.check_divides(TINY, mesh)
-    with pytest.raises(UserError, match=r"'tensor' = 8 does not divide num_heads = 6.*tensor = 6"):
-        meshes.check_divides(dataclasses.replace(TINY, num_heads=6), mesh)
+    [(field, size)] = sizes.items()
+    words = f"'{axis}' = 8 does not divide {field} = {size} .*{axis} = {fits} would"
+    with pytest.raises(UserError, match=words):
+        meshes.check_divides(dataclasses.replace(TINY, **sizes), mesh)
 
 
 # FLAN-T5 has the shapes of T5 1.1, and depth adds no other kind of parameter

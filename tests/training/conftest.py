@@ -10,10 +10,10 @@ import pytest
 from distillspec_jax.training.checkpoints import Checkpoints
 from distillspec_jax.training.loop import Hooks, LoopConfig, train
 from distillspec_jax.training.metrics import MetricsWriter
-from distillspec_jax.training.optimizers import OptimizerConfig, make_optimizer
+from distillspec_jax.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
 from distillspec_jax.training.state import TrainState
 
-OPTIMIZER = OptimizerConfig(learning_rate=0.05, schedule="constant", warmup_steps=3)
+OPTIMIZER = OptimizerConfig(learning_rate=0.05, schedule="constant", warmup_steps=8)
 DESCRIPTION = {"model": {"name": "toy", "sizes": (5, 3)}, "vocabulary_fingerprint": "ab" * 32}
 
 
@@ -84,6 +84,7 @@ class Toy:
                     evaluate=(self.evaluate if evaluate is True else evaluate) or None,
                     notice=self.notice,
                     place=lambda batch: jax.device_put(batch.x),
+                    learning_rate=make_schedule(OPTIMIZER, 100),
                 ),
             )
         finally:

@@ -392,6 +392,16 @@ def test_checkpoint_of_another_run_is_refused(make_toy, fields, words):
     assert steps_in(toy) == [3, 7]
 
 
+def test_checkpoint_made_from_what_has_changed_is_refused(make_toy):
+    toy = make_toy()
+    save(toy, [3])  # as before sources were noted
+    assert restore(toy, sources={"target": "ab"}) is not None
+    save(toy, [7], sources={"target": "ab", "draft": "cd"})
+    assert restore(toy, sources={"draft": "cd", "target": "ab"}) is not None
+    with pytest.raises(UserError, match=r"7 was made with another target: what its path leads to"):
+        restore(toy, sources={"target": "ac", "draft": "cd"})
+
+
 def test_checkpoint_of_a_newer_format_is_refused(make_toy, monkeypatch):
     toy = make_toy()
     monkeypatch.setattr(module, "FORMAT", 2)

@@ -281,6 +281,8 @@ def test_single_bad_gradients_are_skipped_and_counted(make_toy):
     assert result.ended == "finished"
     logged = records(toy, "train")
     assert [r["skipped_updates"] for r in logged] == [1, 2, 3]
+    # a warm-up of eight updates: what is left out is no part of it
+    assert [r["learning_rate"] for r in logged] == pytest.approx([0.05 * n / 8 for n in (2, 4, 6)])
     assert all(np.isfinite(r["loss"]) for r in logged)  # the mean of the steps that counted
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.state.params))
 

@@ -99,6 +99,33 @@ def test_adafactor_scales_with_the_weights_or_does_not():
     assert update_norm(7.0, **fixed) == pytest.approx(update_norm(1.0, **fixed), rel=1e-5)
 
 
+def test_adafactor_follows_the_schedule_and_clips():
+    settings = {"name": "adafactor", "learning_rate": PEAK}
+    params, rng = {"w": jnp.ones((5, 3))}, np.random.default_rng(1)
+    gradients = rng.normal(size=(6, 5, 3)).astype(np.float32)
+    longer = gradients * np.float32([1, 30, 1, 200, 7, 1])[:, None, None]
+
+    def updates(gradients, **fields):
+        optimizer = make_optimizer(OptimizerConfig(**settings | fields), STEPS)
+        state, found = optimizer.init(params), []
+        for gradient in gradients:
+            update, state = optimizer.update({"w": jnp.asarray(gradient)}, state, params)
+            found.append(np.asarray(update["w"]))
+        return np.array(found)
+
+    fields = {"schedule": "cosine", "warmup_steps": 3}
+    rates = make_schedule(OptimizerConfig(learning_rate=PEAK, **fields), STEPS)(np.arange(6))
+    of_rate_one = updates(gradients, schedule="constant") / PEAK
+    found = updates(gradients, **fields)
+    np.testing.assert_allclose(found, rates[:, None, None] * of_rate_one, rtol=1e-5)
+
+    assert (np.linalg.norm(gradients, axis=(1, 2)) > 0.5).all()
+    cut, same = (updates(given, clip_norm=0.5) for given in (gradients, longer))
+    np.testing.assert_allclose(cut, same, rtol=1e-5)
+    free, other = (updates(given, clip_norm=0.0) for given in (gradients, longer))
+    assert abs(free - other).max() > 0.1 * abs(free).max()
+
+
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_only_matrices_decay(name):
     params = {
