@@ -8,159 +8,30 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from distillspec_jax import zoo
 from distillspec_jax.data.pipeline import trimmed
 from distillspec_jax.data.tasks import Task
-from distillspec_jax.data.vocabulary import Vocabulary, check_same
 from distillspec_jax.decoding.autoregressive import Generation, autoregressive_sample
 from distillspec_jax.decoding.lenience import Lenience
 from distillspec_jax.decoding.sampling import Sampling
 from distillspec_jax.decoding.slots import slot_sample
 from distillspec_jax.decoding.speculative import speculate_checked
-from distillspec_jax.decoding.state import Speculation, SpeculativeOutput, check_pair
+from distillspec_jax.decoding.state import Speculation, SpeculativeOutput
 from distillspec_jax.errors import UserError
 from distillspec_jax.evaluation.acceptance import TeacherForced, along_texts
 from distillspec_jax.evaluation.corpus import over_batches
 from distillspec_jax.evaluation.quality import has_references
 from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.models.fingerprint import fingerprint
-from distillspec_jax.models.transformer import Params, Transformer, init_params
 from distillspec_jax.progress import Progress
-from distillspec_jax.sharding.layout import placed
+from experiments.models import Loaded, check_meeting, load
 
 if TYPE_CHECKING:
     from experiments.evaluate import DraftConfig, EvaluateConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    """A model with its parameters and where they are from."""
-
-    path: str
-    model: Transformer
-    params: Params
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
-
-
-class Speaks(Protocol):
-    """A task, or anything else that fixes what the ids of tokens mean."""
-
-    @property
-    def vocabulary(self) -> Vocabulary: ...
-
-
-def check_seeds(where: str, *seeds: int) -> None:
-    """Refuses seeds that are no uint32, as the state of a run holds them."""
-    for seed in seeds:
-        if not 0 <= seed < 2**32:
-            raise UserError(f"{where} is {seed}, must be within 0 and 2**32 - 1")
-
-
-Shardings = Callable[[ModelConfig], Any]  # of a model's parameters, as zoo.load takes it
-
-
-def load(
-    path: str,
-    task: Speaks,
-    *,
-    compute_dtype: str = "float32",
-    seed: int = 0,
-    shardings: Shardings | None = None,
-) -> Loaded:
-    """Loads a model onto its devices; `seed` is of a preset's fresh parameters.
-
-    Its parameters are float32, whatever it computes in. Raises UserError if it does not speak the
-    task's vocabulary.
-    """
-    _check_vocabulary(path, task)
-    model, params = zoo.load(path, seed=seed, shardings=shardings)
-    return Loaded(path, _computing_in(compute_dtype, model), params)
-
-
-def outline(
-    path: str,
-    task: Speaks,
-    *,
-    compute_dtype: str = "float32",
-    seed: int = 0,
-    shardings: Shardings | None = None,
-) -> Loaded:
-    """What `load` would load or refuse, with shapes and shardings in place of arrays."""
-    _check_vocabulary(path, task)
-    model = _computing_in(compute_dtype, _outline(path)[0])
-    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(seed)))
-    if shardings is not None:
-        shapes = placed(shapes, shardings(model.config))
-    return Loaded(path, model, shapes)
-
-
-def _computing_in(dtype: str, model: Transformer) -> Transformer:
-    return zoo.model(dataclasses.replace(model.config, dtype=dtype))
-
-
-def _check_vocabulary(path: str, task: Speaks) -> None:
-    names = (f"model '{path}'", "the task")
-    check_same(zoo.describe(path), task.vocabulary.describe(), names)
-    pieces = _outline(path)[0].config.num_pieces
-    if pieces < task.vocabulary.size:
-        raise UserError(
-            f"model '{path}' has {pieces} pieces, the vocabulary of the task has "
-            f"{task.vocabulary.size}; take a model of that vocabulary"
-        )
-
-
-def check_meeting(target: str, *drafts: str) -> None:
-    """Refuses drafts that cannot speak for the target, before the weights of any are read.
-
-    Compared are their kinds, fingerprints, numbers of pieces, EOS, PAD and start ids.
-    """
-    (model, pieces), *others = (_outline(path) for path in (target, *drafts))
-    for draft, draft_pieces in others:
-        check_pair(model, draft, fingerprints=(pieces, draft_pieces))
-
-
-def _outline(path: str) -> tuple[Transformer, str | None]:
-    """A model without parameters, and the fingerprint of its pieces if it is known."""
-    known = zoo.describe(path)
-    config = ModelConfig(**known["model"] | {"name": path})
-    return zoo.model(config), known.get("vocabulary_fingerprint")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DraftSampling:
-    """The part of a config that gives the draft a sampling of its own; None is the target's."""
-
-    draft_temperature: float | None = None
-    draft_top_k: int | None = None
-    draft_top_p: float | None = None
-
-    @property
-    def draft_options(self) -> dict[str, float]:
-        """Those that are given, by key."""
-        names = [field.name for field in dataclasses.fields(DraftSampling)]
-        options = {name: getattr(self, name) for name in names}
-        return {name: value for name, value in options.items() if value is not None}
-
-    def draft_sampling(self, sampling: Sampling) -> Sampling:
-        """The draft's, where the target has `sampling`.
-
-        Raises UserError, with the key, for a value out of range.
-        """
-        own: dict[str, Any] = self.draft_options
-        try:
-            return dataclasses.replace(
-                sampling, **{name.removeprefix("draft_"): value for name, value in own.items()}
-            )
-        except UserError as error:
-            raise UserError(f"config.draft_{error}") from None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # itself a key of results; arrays have no hash

@@ -22,7 +22,7 @@ from distillspec_jax.errors import UserError
 from distillspec_jax.models.transformer import Params, Transformer
 from distillspec_jax.training.optimizers import OptimizerConfig, make_optimizer
 from distillspec_jax.training.state import TrainState
-from experiments.bench import Loaded
+from experiments.models import Loaded
 
 # lambda1, lambda2 of algorithm 1; "mixed" is half references, half the draft's own samples
 SOURCES = {"fixed": (1.0, 1.0), "teacher": (0.0, 0.0), "draft": (0.0, 1.0), "mixed": (0.5, 1.0)}

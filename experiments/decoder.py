@@ -32,7 +32,8 @@ from distillspec_jax.decoding.verification import RULES
 from distillspec_jax.errors import UserError, unknown_name
 from distillspec_jax.evaluation.corpus import OnRows, over_batches
 from distillspec_jax.models.config import check_dtype
-from experiments.bench import DraftSampling, Loaded, check_meeting, check_seeds, load
+from experiments.draft_sampling import DraftSampling
+from experiments.models import Loaded, check_meeting, check_seeds, load
 
 ORIGINS = {ACCEPTED: "accepted", CORRECTED: "corrected", BONUS: "bonus"}
 STYLES = {ACCEPTED: "green", CORRECTED: "bold red", BONUS: "bold blue"}
@@ -166,7 +167,7 @@ class Answer:
 
 
 class Decoder:
-    """Models and settings: prompts in, answers out; `load` may be `bench.outline`, for a plan."""
+    """Models and settings: prompts in, answers out; `load` may be `models.outline`, for a plan."""
 
     def __init__(self, config: DecodeConfig, load: Callable[..., Loaded] = load) -> None:
         self.config = config

@@ -31,7 +31,7 @@ from distillspec_jax.training.loop import Figures, Hooks, LoopConfig, train
 from distillspec_jax.training.optimizers import make_optimizer, make_schedule
 from distillspec_jax.training.state import TrainState
 from experiments import door, parts, planning
-from experiments.bench import Loaded, check_meeting, load
+from experiments.models import Loaded, check_meeting, load
 from experiments.phases import PhasedStep
 from experiments.watching import ALPHA, LOW_EOS_RATE, MEAN, TAU, DecoderConfig, make_decoding
 

@@ -27,7 +27,9 @@ from distillspec_jax.evaluation.intervals import worded
 from distillspec_jax.evaluation.quality import has_references
 from distillspec_jax.models.config import check_dtype
 from experiments import door, measuring, planning_decoding
-from experiments.bench import Bench, DraftSampling, check_seeds, open_bench
+from experiments.bench import Bench, open_bench
+from experiments.draft_sampling import DraftSampling
+from experiments.models import check_seeds
 from experiments.workdir import SUMMARY, Workdir, write_json_lines
 
 METRICS = "metrics.jsonl"

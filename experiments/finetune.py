@@ -25,7 +25,7 @@ from distillspec_jax.training.optimizers import make_optimizer, make_schedule
 from distillspec_jax.training.state import TrainState
 from distillspec_jax.training.validation import make_likelihood
 from experiments import door, parts, planning
-from experiments.bench import load
+from experiments.models import load
 from experiments.watching import make_quality
 
 

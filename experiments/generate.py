@@ -32,7 +32,8 @@ from distillspec_jax.models.config import check_dtype
 from distillspec_jax.models.fingerprint import fingerprint
 from distillspec_jax.progress import Progress
 from experiments import door, planning_decoding
-from experiments.bench import Loaded, Prompts, check_seeds, load, read_prompts
+from experiments.bench import Prompts, read_prompts
+from experiments.models import Loaded, check_seeds, load
 from experiments.watching import LOW_EOS_RATE
 from experiments.workdir import Workdir, write_json_lines
 

@@ -28,7 +28,7 @@ from distillspec_jax.training.metrics import MetricsWriter, Writer
 from distillspec_jax.training.optimizers import OptimizerConfig
 from distillspec_jax.training.state import TrainState
 from experiments import door
-from experiments.bench import Loaded, Shardings, check_seeds
+from experiments.models import Loaded, Shardings, check_seeds
 from experiments.workdir import Workdir
 
 # What may differ when a run goes on: it changes no number of the training, but by rounding.
@@ -77,7 +77,7 @@ class TrainingConfig:
 
 
 class Load(Protocol):
-    """`bench.load`, or `bench.outline`: shapes alone."""
+    """`models.load`, or `models.outline`: shapes alone."""
 
     def __call__(
         self,
@@ -287,17 +287,15 @@ def open_run(
     already taken would not be those of the longer run.
     """
     may_change = HARMLESS if config.optimizer.depends_on_steps else (*HARMLESS, "steps")
-
-    def open_workdir() -> Workdir:
-        taken = newest_step(workdir)
-        if taken > config.steps:
-            raise UserError(
-                f"--workdir={workdir} has taken {taken} steps, config.steps is {config.steps}; "
-                "choose another workdir, or at least as many steps"
-            )
-        return Workdir(workdir, experiment, config, may_change=may_change)
-
-    opened = hosts.on_first(open_workdir)
+    opened = hosts.on_first(
+        lambda: Workdir(
+            workdir,
+            experiment,
+            config,
+            may_change=may_change,
+            at_least={"steps": newest_step(workdir)},
+        )
+    )
     description = {
         "model": prepared.trained.model.config.as_stored(),
         "vocabulary_fingerprint": task.vocabulary.fingerprint,

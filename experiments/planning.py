@@ -32,7 +32,8 @@ from distillspec_jax.sharding.layout import Layout, device_bytes, placed
 from distillspec_jax.sharding.mesh import MeshConfig
 from distillspec_jax.sharding.rules import batch_sharding
 from distillspec_jax.training.validation import sums as likelihood_sums
-from experiments import bench, parts
+from experiments import parts
+from experiments.models import Loaded, outline
 
 if TYPE_CHECKING:
     from distillspec_jax.distill.recipes import Recipe
@@ -102,7 +103,7 @@ def planner(
         layout = parts.open_layout(config)
         task = load_task(config.task)
         with jax.set_mesh(layout.mesh):
-            prepared = prepare(config, task, layout, bench.outline)
+            prepared = prepare(config, task, layout, outline)
             _introduce(prepared, config, task, layout)
             start = time.perf_counter()
             compiled = compile_step(prepared, config, task, layout)
@@ -195,7 +196,7 @@ def _longest_batch(rows: int, task: Task, layout: Layout) -> Batch:
 
 
 def trial_speculation(
-    decoder: DecoderConfig, target: bench.Loaded, draft: bench.Loaded, task: Task
+    decoder: DecoderConfig, target: Loaded, draft: Loaded, task: Task
 ) -> Speculation:
     """How `watching.make_counts` tries a draft out, at the temperature that needs most."""
     return Speculation(
@@ -228,7 +229,7 @@ def bytes_of(shapes: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
-def cache_bytes(loaded: bench.Loaded, rows: int, input_length: int, limit: int) -> int:
+def cache_bytes(loaded: Loaded, rows: int, input_length: int, limit: int) -> int:
     """Bytes of the keys and values of a model that writes up to `limit` tokens in every row."""
     inputs = jax.ShapeDtypeStruct((rows, input_length), jnp.int32)
     start = functools.partial(transformer.start, loaded.model, limit=limit)
@@ -237,9 +238,9 @@ def cache_bytes(loaded: bench.Loaded, rows: int, input_length: int, limit: int) 
 
 def rollout_caches(
     recipe: Recipe,
-    models: Mapping[str, bench.Loaded],
+    models: Mapping[str, Loaded],
     length: int,
-    held: Callable[[bench.Loaded, int], int],
+    held: Callable[[Loaded, int], int],
 ) -> int:
     """Bytes of the caches of the source that holds most: of the model that writes, and its help.
 
@@ -300,14 +301,14 @@ def _caches(
     length = getattr(config, "rollout_length", 0) or task.target_length
     rows = config.batch_size // layout.row_parts
 
-    def held(loaded: bench.Loaded, limit: int) -> int:
+    def held(loaded: Loaded, limit: int) -> int:
         whole = cache_bytes(loaded, rows, task.input_length, limit)
         return whole // _head_parts(loaded, layout.mesh.shape)
 
     return rollout_caches(recipe.resolve(), prepared.models, length, held)
 
 
-def _head_parts(loaded: bench.Loaded, sizes: Mapping[str, int]) -> int:
+def _head_parts(loaded: Loaded, sizes: Mapping[str, int]) -> int:
     """Over how many devices the heads of a model are split."""
     kernel = loaded.params["decoder"]["layers_0"]["self_attention"]["qkv"]
     return sizes["tensor"] if "tensor" in kernel.sharding.spec else 1
@@ -330,7 +331,7 @@ def _introduce(
     )
 
 
-def introduce(name: str, models: Mapping[str, bench.Loaded]) -> None:
+def introduce(name: str, models: Mapping[str, Loaded]) -> None:
     """Says what is planned, and how large its models are."""
     print(f"plan of {name}, nothing is allocated")
     for role, loaded in models.items():

@@ -18,9 +18,9 @@ from distillspec_jax.decoding.sampling import Sampling
 from distillspec_jax.decoding.state import Speculation
 from distillspec_jax.models.presets import preset
 from experiments import distill, planning
-from experiments.bench import Loaded, outline
 from experiments.benchmarks import decode, decode_plain, decode_products, loop
 from experiments.benchmarks import distill as distilling
+from experiments.models import Loaded, outline
 from experiments.planning import bytes_of, make_virtual_devices, shape_of_key
 from experiments.planning_decoding import (
     ONE_DEVICE,

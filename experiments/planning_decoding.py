@@ -26,9 +26,10 @@ from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.sharding.mesh import MeshConfig
 from distillspec_jax.training.optimizers import OptimizerConfig, make_optimizer
 from distillspec_jax.training.state import TrainState
-from experiments.bench import Bench, Draft, Loaded, Prompts, Setting, check_meeting, outline
+from experiments.bench import Bench, Draft, Prompts, Setting
 from experiments.cells import Cell, Trainer
 from experiments.decoder import Decoder, read_prompts
+from experiments.models import Loaded, check_meeting, outline
 from experiments.planning import (
     GIB,
     bytes_of,

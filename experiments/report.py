@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from distillspec_jax.errors import naming
+from distillspec_jax.files import write_text
 from distillspec_jax.report.figures import figures_of, is_figure, render
 from distillspec_jax.report.headline import lines
 from distillspec_jax.report.page import page
 from distillspec_jax.report.runs import evaluations, find_runs
 from distillspec_jax.report.tables import tables_of
 from experiments import door
-from experiments.workdir import write_text
 
 PAGE, TABLES, FIGURES = "report.html", "tables.md", "figures"
 

@@ -29,6 +29,7 @@ from distillspec_jax import zoo
 from distillspec_jax.data.tasks import Task, TaskConfig, load_task
 from distillspec_jax.distill.recipes import LIKELIHOOD
 from distillspec_jax.errors import UserError, unknown_name
+from distillspec_jax.files import write_text
 from distillspec_jax.interop import native
 from distillspec_jax.models.config import check_dtype
 from distillspec_jax.models.fingerprint import fingerprint
@@ -36,11 +37,11 @@ from distillspec_jax.models.transformer import Params
 from distillspec_jax.progress import Progress
 from distillspec_jax.training.optimizers import OptimizerConfig
 from experiments import cell_tables, door, planning_decoding
-from experiments.bench import Loaded, check_meeting, check_seeds, load
 from experiments.cells import CONTROL, SOURCES, Cell, Trainer, slug
+from experiments.models import Loaded, check_meeting, check_seeds, load
 from experiments.parts import check_teacher_is_read
 from experiments.watching import LOW_EOS_RATE, DecoderConfig, make_counts
-from experiments.workdir import Workdir, environment, write_json, write_json_lines, write_text
+from experiments.workdir import Workdir, environment, write_json, write_json_lines
 
 DIMENSIONS = ("divergences", "sources", "train_splits", "steps", "seeds")
 

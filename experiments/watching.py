@@ -19,7 +19,7 @@ from distillspec_jax.errors import UserError
 from distillspec_jax.evaluation.intervals import ratio
 from distillspec_jax.evaluation.quality import has_references, quality
 from distillspec_jax.models.transformer import Transformer
-from experiments.bench import Loaded
+from experiments.models import Loaded
 
 LOW_EOS_RATE = 0.5  # below it most texts are cut by the limit, and little is learnt of the end
 TRIAL = 0x7A0  # folded into the seed: no other purpose draws these numbers

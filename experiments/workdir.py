@@ -16,7 +16,8 @@ import flax
 import jax
 
 import distillspec_jax
-from distillspec_jax.errors import UserError, naming
+from distillspec_jax.errors import UserError
+from distillspec_jax.files import name_beside, write_text
 from distillspec_jax.hosts import ARRIVALS
 from distillspec_jax.training.metrics import finite
 from experiments import door
@@ -35,7 +36,13 @@ class Workdir:
     """
 
     def __init__(
-        self, path: Path, experiment: str, config: Any, *, may_change: Sequence[str] = ()
+        self,
+        path: Path,
+        experiment: str,
+        config: Any,
+        *,
+        may_change: Sequence[str] = (),
+        at_least: Mapping[str, int] | None = None,
     ) -> None:
         """Opens or creates `path`.
 
@@ -44,14 +51,16 @@ class Workdir:
           experiment: name of the entrypoint.
           config: its dataclass; written to `config.json`.
           may_change: dotted keys whose value may differ from the run that is there.
+          at_least: how far that run is by a key, which may not be below.
         """
         if path.exists() and not path.is_dir():
             raise UserError(f"--workdir={path} is a file, must be a folder")
         entries = path.iterdir() if path.exists() else ()
         present = {entry.name for entry in entries if not (entry / CONFIG).is_file()}
         theirs = _config_in(path) if CONFIG in present else {}
-        if present - {CONFIG, LOCK, ARRIVALS, _beside(Path(CONFIG)).name}:
+        if present - {CONFIG, LOCK, ARRIVALS, name_beside(Path(CONFIG)).name}:
             _refuse_other_run(path, theirs, experiment, config, may_change)
+            _refuse_less(path, config, at_least or {})
         self._is_new = not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -132,6 +141,15 @@ def _refuse_other_run(
             )
 
 
+def _refuse_less(path: Path, config: Any, at_least: Mapping[str, int]) -> None:
+    for key, reached in at_least.items():
+        if getattr(config, key) < reached:
+            raise UserError(
+                f"--workdir={path} has reached {key} {reached}, yours is {getattr(config, key)}; "
+                "choose another workdir, or at least as much"
+            )
+
+
 def environment() -> dict[str, Any]:
     """Versions and devices, as every summary carries them."""
     return {
@@ -143,19 +161,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that is whole at every moment: the old one or the new one."""
-    beside = _beside(path)
-    with naming(path):
-        try:
-            beside.write_text(text, "utf-8")
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
-
-
 def write_json(path: Path, value: Any) -> None:
-    """The same with one value as JSON."""
+    """Writes one value as JSON: the old file or the new one is there at every moment."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
@@ -163,10 +170,6 @@ def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """The same with an object a line; numbers that are not finite become null."""
     lines = (json.dumps(finite(dict(record)), allow_nan=False) + "\n" for record in records)
     write_text(path, "".join(lines))
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
 
 
 def _lock(path: Path) -> int:

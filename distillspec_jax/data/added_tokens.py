@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from distillspec_jax.errors import UserError
+from distillspec_jax.files import json_object
 
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _FLAGS = ("special", "single_word", "lstrip", "rstrip", "normalized")
@@ -150,13 +150,12 @@ def read_object(path: Path) -> dict[str, Any]:
       UserError: the file cannot be read, or holds no JSON object.
     """
     try:
-        content = json.loads(path.read_text("utf-8"))
+        return json_object(path.read_text("utf-8"))
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise UserError(f"cannot read '{path}': {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"'{path}' is not valid JSON") from error
-    if not isinstance(content, dict):
-        raise UserError(f"'{path}' is not a JSON object but a {type(content).__name__}")
-    return content
+    except UnicodeDecodeError as error:
+        raise UserError(f"'{path}' is not UTF-8 text") from error
+    except ValueError as error:
+        raise UserError(f"'{path}' is {error}") from None

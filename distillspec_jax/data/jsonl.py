@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from distillspec_jax.data.examples import Example, Examples
 from distillspec_jax.errors import UserError
+from distillspec_jax.files import json_object
 
 
 class JsonlExamples(Examples):
@@ -80,16 +80,9 @@ def numbered_lines(path: str | Path) -> list[tuple[int, str]]:
 def read_record(path: str | Path, number: int, line: str) -> dict:
     """The object of a line; UserError with path and number if it is none."""
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{number}: not valid JSON ({error.msg})") from None
-    except RecursionError:
-        raise UserError(f"{path}:{number}: not valid JSON (nested too deeply)") from None
-    except ValueError:  # Python reads no whole number of more than 4,300 digits
-        raise UserError(f"{path}:{number}: not valid JSON (a number is too long)") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{path}:{number}: not a JSON object but a {type(record).__name__}")
-    return record
+        return json_object(line)
+    except ValueError as error:
+        raise UserError(f"{path}:{number}: {error}") from None
 
 
 def read_text(path: str | Path, number: int, record: dict, field: str) -> str:

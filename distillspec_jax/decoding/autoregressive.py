@@ -19,7 +19,7 @@ from distillspec_jax.decoding import keys
 from distillspec_jax.decoding.checks import check_count, check_finite, check_request
 from distillspec_jax.decoding.sampling import STANDARD, Sampling, draw
 from distillspec_jax.models.cache import Cache
-from distillspec_jax.models.transformer import Params, Transformer, extend, start
+from distillspec_jax.models.transformer import Params, Transformer, next_logits, start
 
 
 class Generation(struct.PyTreeNode):
@@ -78,9 +78,8 @@ def generate(
         return (state.step < max_new_tokens) & jnp.any(state.active)
 
     def step(state: _State) -> _State:
-        logits, cache = extend(model, params, state.cache, state.pending[:, None])
-        uniform = uniforms[:, state.step]
-        token, probs = draw(logits[:, 0, : config.num_pieces], uniform, sampling)
+        logits, cache = next_logits(model, params, state.cache, state.pending)
+        token, probs = draw(logits, uniforms[:, state.step], sampling)
         is_finite = ~jnp.isnan(probs[:, 0])
         emits = state.active & is_finite
         token = jnp.where(emits, token, config.pad_id)

@@ -57,9 +57,9 @@ from distillspec_jax.models.cache import rollback
 from distillspec_jax.models.transformer import (
     Params,
     Transformer,
-    extend,
     extend_hidden,
     feed,
+    next_logits,
     start,
     unembed,
 )
@@ -79,7 +79,7 @@ def speculative_sample(
     draft_sampling: Sampling | None = None,
     verification: str = "token",
     lenience: Lenience | None = None,
-    block_length: BlockLength | None = None,
+    block_length: BlockLength = FIXED,
     num_drafts: int = 1,
     row_ids: jax.Array | None = None,
 ) -> SpeculativeOutput:
@@ -99,7 +99,7 @@ def speculative_sample(
         draft_sampling=draft_sampling,
         verification=verification,
         lenience=lenience,
-        block_length=block_length or FIXED,
+        block_length=block_length,
         num_drafts=num_drafts,
     )
     return speculate_checked(speculation, target_params, draft_params, inputs, rng, row_ids)
@@ -225,8 +225,7 @@ def draft_block(
         return (draft.steps < s.gamma) & jnp.any(draft.active)
 
     def step(draft: Draft) -> Draft:
-        logits, cache = extend(s.draft, draft_params, draft.cache, draft.last[:, None])
-        logits = logits[:, 0, : config.num_pieces]
+        logits, cache = next_logits(s.draft, draft_params, draft.cache, draft.last)
         token, probs = draw(logits, uniforms.draft[:, draft.steps], sampling)
         token = jnp.where(draft.active, token, config.pad_id)
         lengths = draft.lengths + draft.active

@@ -26,8 +26,13 @@ from distillspec_jax.decoding.speculative import speculate
 from distillspec_jax.decoding.state import Speculation
 from distillspec_jax.distill.recipes import Recipe
 from distillspec_jax.errors import UserError
-from distillspec_jax.models.cache import Cache
-from distillspec_jax.models.transformer import Params, Transformer, extend, hidden_states, start
+from distillspec_jax.models.transformer import (
+    Params,
+    Transformer,
+    hidden_states,
+    next_logits,
+    start,
+)
 
 SOURCES = ("fixed", "draft", "teacher")
 
@@ -185,8 +190,8 @@ def interleaved(
 
     def step(state):
         step, pending, active, tokens, draft_cache, target_cache = state
-        draft_logits, draft_cache = _next_logits(draft, draft_params, draft_cache, pending[0])
-        target_logits, target_cache = _next_logits(target, target_params, target_cache, pending[1])
+        draft_logits, draft_cache = next_logits(draft, draft_params, draft_cache, pending[0])
+        target_logits, target_cache = next_logits(target, target_params, target_cache, pending[1])
         proposed, _ = draw(draft_logits, uniforms[:, step, 0], sampling)
         instead, _ = draw(target_logits, uniforms[:, step, 1], sampling)
         least = jax.lax.top_k(target_logits, top_k)[0][:, -1]
@@ -201,14 +206,6 @@ def interleaved(
     pending = (draft_pending, target_pending)  # their start tokens may differ
     initial = (jnp.int32(0), pending, row_ids >= 0, tokens, draft_cache, target_cache)
     return jax.lax.while_loop(unfinished, step, initial)[3]
-
-
-def _next_logits(
-    model: Transformer, params: Params, cache: Cache, pending: jax.Array
-) -> tuple[jax.Array, Cache]:
-    """Logits [B, pieces] of the token after `pending` [B], and the longer cache."""
-    logits, cache = extend(model, params, cache, pending[:, None])
-    return logits[:, 0, : model.config.num_pieces], cache
 
 
 def _widen(text: jax.Array, width: int, value: int) -> jax.Array:

@@ -21,9 +21,7 @@ from distillspec_jax.decoding.sampling import STANDARD, Sampling, process
 from distillspec_jax.decoding.state import ACCEPTED, CORRECTED, SpeculativeOutput
 from distillspec_jax.errors import UserError
 from distillspec_jax.evaluation.intervals import Estimate, ratio, ratio_of_ratios
-from distillspec_jax.models.transformer import Transformer, hidden_states, unembed
-
-Params = Any
+from distillspec_jax.models.transformer import Params, Transformer, hidden_states, unembed
 
 
 def token_acceptance(target_probs: jax.Array, draft_probs: jax.Array) -> jax.Array:

@@ -21,9 +21,8 @@ from scipy.optimize import isotonic_regression
 
 from distillspec_jax.evaluation.intervals import Estimate, ratio, ratio_of_ratios
 from distillspec_jax.models import cache as caches
-from distillspec_jax.models.transformer import Transformer, extend, start
+from distillspec_jax.models.transformer import Params, Transformer, extend, start
 
-Params = Any
 Call = Callable[[], Any]
 ROUNDS = 9, 25  # of timing single steps, at least and at most
 ENOUGH = 5.0  # seconds of them

@@ -290,6 +290,14 @@ def extend(
     return unembed(model, params, hidden), cache
 
 
+def next_logits(
+    model: Transformer, params: Params, cache: Cache, pending: jax.Array
+) -> tuple[jax.Array, Cache]:
+    """Feeds a token [B]: logits [B, pieces] of the next one without padding rows, longer cache."""
+    logits, cache = extend(model, params, cache, pending[:, None])
+    return logits[:, 0, : model.config.num_pieces], cache
+
+
 def extend_hidden(
     model: Transformer, params: Params, cache: Cache, tokens: jax.Array
 ) -> tuple[jax.Array, Cache]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distillspec_jax.errors import UserError
+from distillspec_jax.files import json_object
 
 Record = dict[str, Any]
 
@@ -224,16 +225,9 @@ def _text(path: Path) -> str:
 
 def _object(text: str, where: str) -> Record:
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
-    except RecursionError:
-        raise UserError(f"{where} is not JSON: nested too deeply") from None
-    except ValueError:  # Python reads no whole number of more than 4,300 digits
-        raise UserError(f"{where} is not JSON: a number is too long") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{where} is not a JSON object")
-    return value
+        return json_object(text)
+    except ValueError as error:
+        raise UserError(f"{where} is {error}") from None
 
 
 def _warn(text: str) -> None:

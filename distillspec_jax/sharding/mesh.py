@@ -61,10 +61,11 @@ def _sizes(config: MeshConfig, count: int, rows: int) -> tuple[int, ...]:
     if -1 not in sizes:
         return sizes
     free = sizes.index(-1)
-    size = max(1, count // -math.prod(sizes))
+    given = {axis: size for axis, size in zip(AXES, sizes, strict=True) if size > 0}
+    size = max(1, count // math.prod(given.values()))
     if rows and AXES[free] in ROW_AXES:
-        others = math.prod(size for axis, size in zip(AXES, sizes, strict=True) if axis in ROW_AXES)
-        size = max((n for n in range(1, size + 1) if rows % (n * -others) == 0), default=size)
+        others = math.prod(size for axis, size in given.items() if axis in ROW_AXES)
+        size = max((n for n in range(1, size + 1) if rows % (n * others) == 0), default=size)
     return (*sizes[:free], size, *sizes[free + 1 :])
 
 

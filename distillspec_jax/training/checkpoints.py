@@ -41,7 +41,8 @@ from orbax.checkpoint import checkpoint_managers
 
 import distillspec_jax
 from distillspec_jax import hosts
-from distillspec_jax.errors import UserError, first_line, naming
+from distillspec_jax.errors import UserError, first_line
+from distillspec_jax.files import write_text
 from distillspec_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
@@ -152,12 +153,6 @@ class Checkpoints:
                 "start again in another workdir"
             )
         return None
-
-    def restore_params(self, state: TrainState, step: int) -> Any:
-        """The weights of the checkpoint at `step`, in the structure of `state.params`."""
-        self.wait()
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(_abstract(state.params)))
-        return self._manager.restore(step, args=args)["params"]
 
     def wait(self) -> None:
         """Returns when everything saved so far is on disk."""
@@ -356,10 +351,7 @@ def _mark_best(checkpoint: Path) -> None:
         return
     metadata = checkpoint / "description" / "metadata"
     stored = json.loads(metadata.read_text("utf-8")) | {"best": True}
-    changed = metadata.with_suffix(".tmp")
-    with naming(changed):
-        changed.write_text(json.dumps(stored), "utf-8")
-    changed.replace(metadata)
+    write_text(metadata, json.dumps(stored))
 
 
 def _json(place: Path) -> dict[str, Any]:

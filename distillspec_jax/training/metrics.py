@@ -19,6 +19,7 @@ from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
 from distillspec_jax.errors import naming
+from distillspec_jax.files import write_text
 
 JSONL = "metrics.jsonl"
 EVENTS = "tensorboard"
@@ -164,10 +165,7 @@ def drop_records_after(path: Path, step: int, evaluated_step: int | None = None)
     evaluated_step = step if evaluated_step is None else evaluated_step
     lines = path.read_text("utf-8").splitlines()
     kept = [line for line in lines if _is_record_until(line, step, evaluated_step)]
-    whole = path.with_suffix(".tmp")
-    with naming(whole):
-        whole.write_text("".join(line + "\n" for line in kept), "utf-8")
-    os.replace(whole, path)
+    write_text(path, "".join(line + "\n" for line in kept))
 
 
 def _is_record_until(line: str, step: int, evaluated_step: int) -> bool:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 
-Params = Any
+from distillspec_jax.models.transformer import Params
 
 
 class TrainState(struct.PyTreeNode):

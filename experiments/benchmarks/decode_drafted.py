@@ -28,8 +28,9 @@ from distillspec_jax.evaluation.latency import (
     verify,
 )
 from distillspec_jax.models.transformer import Transformer
-from experiments.bench import load, read_prompts
+from experiments.bench import read_prompts
 from experiments.benchmarks.decode import Config, Found, Row
+from experiments.models import load
 
 READ_TARGET, READ_DRAFT = "read target", "read draft"  # the source, which no formula knows
 PAIRS = {  # figure: (decoder, decoder it is held against)

@@ -120,7 +120,7 @@ def _beside_trl(config: Config, seed: int, *, part: str, key: str) -> Found:
     )
     calls = {**ours.calls(), **theirs}
     timings = side_by_side(calls, repeats=config.rounds, seed=seed)
-    figures = _ratio(key, timings["trl_step"], timings["step"])
+    figures = ratio(key, timings["trl_step"].seconds, timings["step"].seconds)
     tokens = pair.batch_size * pair.target_length
     return figures, [*_rows(timings, pair, tokens, calls), ours.memory()]
 
@@ -134,7 +134,8 @@ def _beside_torch(config: Config, seed: int) -> Found:
     update = torch_distill.t5_update(ours.draft.config, ours.target.config, *texts)
     calls = {"update": ours.calls()["update"], "torch_update": update}
     timings = side_by_side(calls, repeats=config.rounds, seed=seed)
-    figures = _ratio("score_update_over_torch", timings["torch_update"], timings["update"])
+    seconds = {name: timing.seconds for name, timing in timings.items()}
+    figures = ratio("score_update_over_torch", seconds["torch_update"], seconds["update"])
     tokens = pair.batch_size * pair.target_length
     return figures, [*_rows(timings, pair, tokens, calls), ours.memory()]
 
@@ -151,10 +152,8 @@ def _chunked(config: Config, seed: int) -> Found:
     memory = {name: run.memory()["temporary_bytes"] for name, run in runs.items()}
     figures: Row = {}
     for name in ("chunked", "chunks_alone"):
-        figures |= _ratio(f"{name}_time_over_plain", timings[name], timings["plain"])
-        ratio = memory[name] / memory["plain"]
-        figures[f"{name}_peak_memory_over_plain"] = ratio
-        figures[f"{name}_peak_memory_over_plain_spread"] = [ratio] * 2  # nothing is sampled
+        figures |= ratio(f"{name}_time_over_plain", timings[name].seconds, timings["plain"].seconds)
+        figures |= ratio(f"{name}_peak_memory_over_plain", memory[name], memory["plain"])
     rows = _rows(timings, pair, pair.batch_size * pair.target_length)
     rows = [{**row, "temporary_bytes": memory[row["name"]]} for row in rows]
     return figures, rows + _by_vocabulary(config, seed)
@@ -179,10 +178,11 @@ def _teacher(config: Config, seed: int) -> Found:
     for batch_size in config.teacher_batch_sizes:
         calls = taught(config, *models, _stories(batch_size, seed), seed)
         timings = side_by_side(calls, repeats=config.rounds, seed=seed)
+        seconds = {name: timing.seconds for name, timing in timings.items()}
         place = f"_batch{batch_size}" if figures else ""
         found = {
-            **_ratio("teacher_rollout_speedup", timings["plain"], timings["with_draft"]),
-            **_ratio("teacher_step_speedup", timings["plain_step"], timings["step_with_draft"]),
+            **ratio("teacher_rollout_speedup", seconds["plain"], seconds["with_draft"]),
+            **ratio("teacher_step_speedup", seconds["plain_step"], seconds["step_with_draft"]),
         }
         for key, value in found.items():
             stem, spread, _ = key.partition("_spread")
@@ -387,15 +387,6 @@ def _endless(config: ModelConfig, decoder_only: bool, vocabulary: int, dtype: st
         dtype=dtype,
         num_encoder_layers=0 if decoder_only else config.num_encoder_layers,
     )
-
-
-def _ratio(key: str, slower: Timing, faster: Timing) -> Row:
-    """Ratio of the medians, and the least and greatest ratio of one round."""
-    ratios = slower.seconds / faster.seconds
-    return {
-        key: slower.median / faster.median,
-        f"{key}_spread": [float(ratios.min()), float(ratios.max())],
-    }
 
 
 def _rows(

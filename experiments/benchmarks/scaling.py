@@ -23,7 +23,8 @@ import jax
 from distillspec_jax.data.tasks import TaskConfig, load_task
 from distillspec_jax.errors import UserError
 from distillspec_jax.sharding.mesh import AXES, MeshConfig
-from experiments import bench, distill, parts, planning
+from experiments import distill, parts, planning
+from experiments.models import outline
 
 # bytes of a buffer -> bytes that a device sends in a ring of n, over its links
 _SENT = {
@@ -128,7 +129,7 @@ def _compiled(config: Config, mesh: MeshConfig) -> dict[str, Any]:
     )
     layout, task = parts.open_layout(run), load_task(data)
     with jax.set_mesh(layout.mesh):
-        prepared = distill.prepare(run, task, layout, bench.outline)
+        prepared = distill.prepare(run, task, layout, outline)
         compiled = planning.compile_step(prepared, run, task, layout)
     program: Any = compiled
     found = list(collectives(program.as_text()))

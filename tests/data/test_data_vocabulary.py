@@ -7,7 +7,7 @@ import random
 import pytest
 from sentencepiece import sentencepiece_model_pb2
 
-from distillspec_jax.data import vocabularies
+from distillspec_jax.data import vocabularies, vocabulary
 from distillspec_jax.data.added_tokens import ForeignVocabulary
 from distillspec_jax.data.stories import story
 from distillspec_jax.data.vocabulary import check_same, fingerprint, load_vocabulary
@@ -446,7 +446,7 @@ def test_a_tokenizer_without_sentinels(slow):
 def test_sentinels_of_a_vocabulary_of_another_size(slow):
     folder, settle = slow
     (folder / "spiece.model").unlink()
-    (folder / "spiece.model").write_bytes(vocabularies.ARITHMETIC_STORIES.read_bytes())
+    (folder / "spiece.model").write_bytes(vocabulary.ARITHMETIC_STORIES.read_bytes())
     assert load_vocabulary(folder).size == 423
     assert load_vocabulary(settle()).size == 523  # transformers' own number
     assert load_vocabulary(settle(extra_ids=96)).encode("<extra_id_0>") == [518]
@@ -494,7 +494,7 @@ def test_missing_and_broken_files_are_refused(tmp_path):
 
 
 def test_models_with_other_special_ids_are_refused(stories, tmp_path):
-    content = vocabularies.ARITHMETIC_STORIES.read_bytes()
+    content = vocabulary.ARITHMETIC_STORIES.read_bytes()
     proto = sentencepiece_model_pb2.ModelProto.FromString(content)
     proto.pieces[0].piece, proto.pieces[1].piece = "</s>", "<pad>"
     (tmp_path / "other.model").write_bytes(proto.SerializeToString())

@@ -99,12 +99,6 @@ def test_no_text_ends_before_the_limit():
     assert not ours.draft.config.is_encoder_decoder
 
 
-def test_ratios_are_of_medians_and_their_spread_of_rounds():
-    slow, fast = Timing(np.array([6.0, 8.0, 4.0]), 9.0), Timing(np.array([2.0, 2.0, 4.0]), 9.0)
-    found = distill._ratio("x", slow, fast)
-    assert found == {"x": 3.0, "x_spread": [1.0, 4.0]}
-
-
 def test_memory_is_what_a_call_adds_whoever_allocates_it():
     held = [np.ones(2**23)]  # 64 MiB from before do not count
     found = distill.added_bytes(lambda: np.ones(2**22).sum())

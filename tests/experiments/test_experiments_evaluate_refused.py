@@ -9,8 +9,9 @@ import pytest
 from distillspec_jax.data.tasks import TaskConfig, load_task
 from distillspec_jax.errors import UserError
 from experiments import evaluate, measuring
-from experiments.bench import Draft, Loaded, open_bench
+from experiments.bench import Draft, open_bench
 from experiments.evaluate import DraftConfig, EvaluateConfig
+from experiments.models import Loaded
 
 
 @pytest.fixture

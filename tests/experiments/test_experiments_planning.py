@@ -18,13 +18,13 @@ from distillspec_jax.sharding.layout import device_bytes
 from distillspec_jax.sharding.mesh import MeshConfig
 from distillspec_jax.training import validation
 from experiments import (
-    bench,
     distill,
     finetune,
     parts,
     planning,
     watching,
 )
+from experiments.models import outline
 from experiments.planning import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,9 +59,9 @@ def test_a_plan_says_what_a_run_would_hold(live_arrays, config, capsys):
 
 def test_shapes_are_those_of_the_arrays(config):
     layout, task = parts.open_layout(config), load_task(config.task)
-    outline = distill.prepare(config, task, layout, bench.outline)
+    outlined = distill.prepare(config, task, layout, outline)
     real = distill.prepare(config, task, layout)
-    for mine, theirs in ((outline.state, real.state), (outline.frozen, real.frozen)):
+    for mine, theirs in ((outlined.state, real.state), (outlined.frozen, real.frozen)):
         assert jax.tree.structure(mine) == jax.tree.structure(theirs)
         assert device_bytes(mine) == device_bytes(theirs)
         for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
@@ -109,7 +109,7 @@ def prepared(config):
     """What a plan is made of: a mesh, a task, and models and state without arrays."""
     layout, task = parts.open_layout(config), load_task(config.task)
     with jax.set_mesh(layout.mesh):
-        return distill.prepare(config, task, layout, bench.outline), config, task, layout
+        return distill.prepare(config, task, layout, outline), config, task, layout
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_validation_is_planned_as_it_runs(short, models, monkeypatch, place):
         evaluate = finetune._make_evaluate(config, run.models["model"].model, task, layout)
         with pytest.raises(KeyboardInterrupt):
             evaluate(run.state)
-        outlined = finetune.prepare(config, task, layout, bench.outline)
+        outlined = finetune.prepare(config, task, layout, outline)
         planned = planning.validation(outlined, config, task, layout)
     assert [planned[place].lowered.as_text()] == called
 

@@ -10,9 +10,9 @@ from distillspec_jax.data.tasks import TaskConfig, load_task
 from distillspec_jax.decoding import speculative
 from distillspec_jax.models.presets import preset
 from experiments import benchmark, distill, planning, planning_benchmark
-from experiments.bench import load
 from experiments.benchmarks import decode, decode_plain, decode_products
 from experiments.benchmarks import distill as distilling
+from experiments.models import load
 
 TINY = distilling.Pair(target="cpu_draft", draft="cpu_draft", batch_size=2, target_length=8)
 DECODE = decode.Config(

@@ -24,6 +24,7 @@ from experiments import (
     door,
     evaluate,
     generate,
+    models,
     planning,
     planning_decoding,
     sweep,
@@ -187,7 +188,7 @@ def test_models_compute_in_the_dtype_of_the_config(one_device, tmp_path, monkeyp
     assert {each.model.config.dtype for each in narrow.models.values()} == {"bfloat16"}
     assert narrow.weights == wide.weights
 
-    real, loaded = bench.load, []
+    real, loaded = models.load, []
 
     def load(*arguments, **settings):
         loaded.append(real(*arguments, **settings))
@@ -233,7 +234,7 @@ def test_slots_hold_what_a_batch_holds(outlined, one_device, pair):
     [program] = outlined("decode").programs
     planned = planning_decoding.need_of(program, 0)
     params = tuple(params for _, params in pair.values())
-    speculation = decoder.Decoder(one_device["decode"], bench.outline).speculation
+    speculation = decoder.Decoder(one_device["decode"], models.outline).speculation
     prompts = jnp.zeros((3, 9), jnp.int32), jax.random.key(0), jnp.arange(3)
     state = slots._begin(speculation, *params, *prompts)
     programs = (

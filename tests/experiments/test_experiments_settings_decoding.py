@@ -23,10 +23,12 @@ from distillspec_jax.errors import UserError
 from distillspec_jax.evaluation.acceptance import Counts
 from distillspec_jax.evaluation.latency import StepCosts
 from experiments import bench, decoder, generate, measuring
-from experiments.bench import DraftSampling, Runner, Setting, open_bench, outline
+from experiments.bench import Runner, Setting, open_bench
 from experiments.decoder import DecodeConfig, Decoder, Lines, read_prompts
+from experiments.draft_sampling import DraftSampling
 from experiments.evaluate import DraftConfig, EvaluateConfig
 from experiments.generate import GenerateConfig
+from experiments.models import load, outline
 
 SEED, LIMIT, GAMMA, BATCH_SIZE = 5, 9, 3, 2
 NAME, PROMPTS = "small", ("Tom has 3 apples .", "Anna has 7 pens and buys 2 more .")
@@ -111,7 +113,7 @@ def open_with(models, task):
 def decoder_with(models):
     """The decoder of `decode` with some keys changed."""
 
-    def decoder_with(load=bench.load, **changes):
+    def decoder_with(load=load, **changes):
         fields = {
             "target": str(models / "target"),
             "draft": str(models / "draft"),

@@ -18,9 +18,9 @@ from distillspec_jax.errors import UserError
 from distillspec_jax.training.optimizers import OptimizerConfig, make_optimizer
 from distillspec_jax.training.state import TrainState
 from experiments import cells, sweep
-from experiments.bench import Loaded
 from experiments.cell_tables import Results, markdown, summary
 from experiments.cells import Cell, Trained, Trainer
+from experiments.models import Loaded
 from experiments.sweep import FinetuneStage, SweepConfig
 from experiments.watching import DecoderConfig
 

@@ -23,9 +23,9 @@ from distillspec_jax.errors import UserError
 from distillspec_jax.training.loop import LoopConfig
 from distillspec_jax.training.optimizers import OptimizerConfig
 from experiments import distill, parts, watching
-from experiments.bench import Loaded
 from experiments.distill import RecipeConfig
 from experiments.finetune import FinetuneConfig
+from experiments.models import Loaded
 from experiments.phases import PhasedStep
 from experiments.watching import DecoderConfig, make_decoding
 
@@ -334,7 +334,7 @@ def test_more_steps_go_on_only_if_the_rates_stay(tmp_path, models, stories):
     with pytest.raises(UserError, match="its steps is 2, yours is 4"):
         open_run(4, "cosine")
     (tmp_path / "constant" / "checkpoints" / "4").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"has taken 4 steps, config.steps is 3; choose another"):
+    with pytest.raises(UserError, match=r"has reached steps 4, yours is 3; choose another"):
         open_run(3, "constant")
     assert json.loads((tmp_path / "constant" / "config.json").read_text())["steps"] == 4
 

@@ -83,10 +83,10 @@ def warning_without(skipped, folder, capsys):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b'{"experiment": ', "is not JSON: "),
+        (b'{"experiment": ', "is not valid JSON ("),
         (b'{"experiment": "\xff"}', "is not UTF-8 text: invalid start byte"),
-        (b'{"seed": ' + b"[" * 100_000, "is not JSON: nested too deeply"),
-        (b'{"seed": ' + b"9" * 5000 + b"}", "is not JSON: a number is too long"),
+        (b'{"seed": ' + b"[" * 100_000, "is not valid JSON (nested too deeply)"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "is not valid JSON (a number is too long)"),
     ],
 )
 def test_a_run_with_a_broken_file_is_skipped(runs_folder, capsys, name, content, words):
@@ -97,7 +97,7 @@ def test_a_run_with_a_broken_file_is_skipped(runs_folder, capsys, name, content,
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        ('{"step": 1}\n{"step": \n', ", line 2 is not JSON: "),
+        ('{"step": 1}\n{"step": \n', ", line 2 is not valid JSON ("),
         ("[1, 2]\n", ", line 1 is not a JSON object"),
         ('{"step": "\xff"}\n', " is not UTF-8 text: invalid start byte"),
         ('{"kind": "train", "loss": 1}\n', ", line 1 has a record of 'train' without 'step'"),
@@ -131,7 +131,7 @@ def test_broken_runs_alone_are_an_error(runs_folder, capsys):
     (runs_folder / "control" / "summary.json").write_text("{")
     with pytest.raises(UserError, match="holds no run that can be read"):
         find_runs(runs_folder / "control")
-    assert "control/summary.json is not JSON" in capsys.readouterr().err
+    assert "control/summary.json is not valid JSON" in capsys.readouterr().err
 
 
 def test_a_last_line_cut_short_is_skipped_and_told_once(runs_folder, capsys):

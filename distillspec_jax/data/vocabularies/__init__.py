@@ -18,7 +18,6 @@ from sentencepiece import sentencepiece_model_pb2
 
 from distillspec_jax.data.stories import story, words
 
-ARITHMETIC_STORIES = Path(__file__).parent / "arithmetic_stories.model"
 MAX_NUMBER_PIECE = 150
 _MAX_PIECES = 512
 _NUM_STORIES = 20_000
