@@ -18,7 +18,7 @@ import jax
 from distillspec_jax.errors import UserError, unknown_name
 from experiments import door, planning_benchmark
 from experiments.benchmarks import decode, distill, loop, scaling
-from experiments.models import check_seeds
+from experiments.checks import check_seeds
 from experiments.workdir import SUMMARY, Workdir, write_json_lines
 
 METRICS = "metrics.jsonl"

@@ -33,7 +33,7 @@ from distillspec_jax.interop.slim import cut, slim
 from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.models.transformer import Transformer, init_params, score
 from experiments import door, tokenizers
-from experiments.models import check_seeds
+from experiments.checks import check_seeds
 from experiments.planning import GIB, judge
 
 FORMATS = ("huggingface", "native", "orbax")

@@ -32,8 +32,9 @@ from distillspec_jax.decoding.verification import RULES
 from distillspec_jax.errors import UserError, unknown_name
 from distillspec_jax.evaluation.corpus import OnRows, over_batches
 from distillspec_jax.models.config import check_dtype
+from experiments.checks import check_least, check_seeds
 from experiments.draft_sampling import DraftSampling
-from experiments.models import Loaded, check_meeting, check_seeds, load
+from experiments.models import Loaded, check_meeting, load
 
 ORIGINS = {ACCEPTED: "accepted", CORRECTED: "corrected", BONUS: "bonus"}
 STYLES = {ACCEPTED: "green", CORRECTED: "bold red", BONUS: "bold blue"}
@@ -68,9 +69,7 @@ class DecodeConfig(DraftSampling):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in ("input_length", "max_new_tokens", "gamma", "batch_size"):
-            if getattr(self, field) < 1:
-                raise UserError(f"config.{field} is {getattr(self, field)}, must be at least 1")
+        check_least(self, 1, "input_length", "max_new_tokens", "gamma", "batch_size")
         if self.verification not in RULES:
             raise unknown_name("verification rule", self.verification, RULES, "config.verification")
         check_dtype(self.compute_dtype, "config.compute_dtype")

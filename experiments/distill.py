@@ -31,6 +31,7 @@ from distillspec_jax.training.loop import Figures, Hooks, LoopConfig, train
 from distillspec_jax.training.optimizers import make_optimizer, make_schedule
 from distillspec_jax.training.state import TrainState
 from experiments import door, parts, planning
+from experiments.checks import check_least
 from experiments.models import Loaded, check_meeting, load
 from experiments.phases import PhasedStep
 from experiments.watching import ALPHA, LOW_EOS_RATE, MEAN, TAU, DecoderConfig, make_decoding
@@ -79,7 +80,7 @@ class DistillConfig(parts.TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parts.check_least(self, "rollout_length", 0)
+        check_least(self, 0, "rollout_length")
         temperatures = [f"t{each:g}" for each in self.decoder.temperatures]
         rates = [f"{name}_{t}" for t in temperatures for name in (TAU, ALPHA)]
         parts.check_best_metric(self.loop, [MEAN, *rates])

@@ -28,8 +28,8 @@ from distillspec_jax.evaluation.quality import has_references
 from distillspec_jax.models.config import check_dtype
 from experiments import door, measuring, planning_decoding
 from experiments.bench import Bench, open_bench
+from experiments.checks import check_least, check_seeds
 from experiments.draft_sampling import DraftSampling
-from experiments.models import check_seeds
 from experiments.workdir import SUMMARY, Workdir, write_json_lines
 
 METRICS = "metrics.jsonl"
@@ -85,11 +85,9 @@ class EvaluateConfig(DraftSampling):
             raise UserError("config.drafts is empty, must have at least one entry")
         for field in GRID:
             _check_list(f"config.{field}", getattr(self, field))
-        for field in ("num_prompts", "batch_size", "num_tuning_prompts", "timed_repeats"):
-            _at_least(1, f"config.{field}", [getattr(self, field)])
-        for field in ("gammas", "gamma_grid", "timed_batch_sizes"):
-            _at_least(1, f"config.{field}", getattr(self, field))
-        _at_least(0, "config.timed_prompts", [self.timed_prompts])
+        check_least(self, 1, "num_prompts", "batch_size", "num_tuning_prompts", "timed_repeats")
+        check_least(self, 1, "gammas", "gamma_grid", "timed_batch_sizes")
+        check_least(self, 0, "timed_prompts")
         check_dtype(self.compute_dtype, "config.compute_dtype")
         check_seeds("config.seed", self.seed)
         seen = [(draft.name, draft.seed) for draft in self.drafts]
@@ -117,12 +115,6 @@ def _check_list(key: str, values: Sequence[float]) -> None:
     repeated = [label for label in labels if labels.count(label) > 1]
     if repeated:
         raise UserError(f"{key} has {repeated[0]} more than once; give each entry once")
-
-
-def _at_least(least: int, key: str, values: Iterable[int]) -> None:
-    for value in values:
-        if value < least:
-            raise UserError(f"{key} is {value}, must be at least {least}")
 
 
 def main(config: EvaluateConfig, workdir: Path) -> None:

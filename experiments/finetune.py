@@ -25,6 +25,7 @@ from distillspec_jax.training.optimizers import make_optimizer, make_schedule
 from distillspec_jax.training.state import TrainState
 from distillspec_jax.training.validation import make_likelihood
 from experiments import door, parts, planning
+from experiments.checks import check_least
 from experiments.models import load
 from experiments.watching import make_quality
 
@@ -45,8 +46,8 @@ class FinetuneConfig(parts.TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parts.check_least(self, "validation_examples", 1)
-        parts.check_least(self, "decode_prompts", 0)
+        check_least(self, 1, "validation_examples")
+        check_least(self, 0, "decode_prompts")
         if self.reduction not in REDUCTIONS:
             raise unknown_name("reduction", self.reduction, REDUCTIONS, "config.reduction")
         answers = ["quality"] if self.decode_prompts else []

@@ -33,7 +33,8 @@ from distillspec_jax.models.fingerprint import fingerprint
 from distillspec_jax.progress import Progress
 from experiments import door, planning_decoding
 from experiments.bench import Prompts, read_prompts
-from experiments.models import Loaded, check_seeds, load
+from experiments.checks import check_least, check_seeds
+from experiments.models import Loaded, load
 from experiments.watching import LOW_EOS_RATE
 from experiments.workdir import Workdir, write_json_lines
 
@@ -58,9 +59,7 @@ class GenerateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in ("samples", "batch_size", "shard_size"):
-            if getattr(self, field) < 1:
-                raise UserError(f"config.{field} is {getattr(self, field)}, must be at least 1")
+        check_least(self, 1, "samples", "batch_size", "shard_size")
         check_dtype(self.compute_dtype, "config.compute_dtype")
         check_seeds("config.seed", self.seed)
         if self.max_new_tokens < 0:

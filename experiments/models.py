@@ -37,13 +37,6 @@ class Speaks(Protocol):
     def vocabulary(self) -> Vocabulary: ...
 
 
-def check_seeds(where: str, *seeds: int) -> None:
-    """Refuses seeds that are no uint32, as the state of a run holds them."""
-    for seed in seeds:
-        if not 0 <= seed < 2**32:
-            raise UserError(f"{where} is {seed}, must be within 0 and 2**32 - 1")
-
-
 Shardings = Callable[[ModelConfig], Any]  # of a model's parameters, as zoo.load takes it
 
 

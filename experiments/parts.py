@@ -28,7 +28,8 @@ from distillspec_jax.training.metrics import MetricsWriter, Writer
 from distillspec_jax.training.optimizers import OptimizerConfig
 from distillspec_jax.training.state import TrainState
 from experiments import door
-from experiments.models import Loaded, Shardings, check_seeds
+from experiments.checks import check_least, check_seeds
+from experiments.models import Loaded, Shardings
 from experiments.workdir import Workdir
 
 # What may differ when a run goes on: it changes no number of the training, but by rounding.
@@ -59,10 +60,8 @@ class TrainingConfig:
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch_size", "micro_batches"):
-            check_least(self, field, 1)
-        for field in ("loss_chunk", "length_bucket"):
-            check_least(self, field, 0)
+        check_least(self, 1, "steps", "batch_size", "micro_batches")
+        check_least(self, 0, "loss_chunk", "length_bucket")
         if self.batch_size % self.micro_batches:
             raise UserError(
                 f"config.micro_batches is {self.micro_batches}, must divide the batch size "
@@ -182,13 +181,6 @@ def validation_batches(
 ) -> list[Batch]:
     """The first `count` examples of the validation split, in order."""
     return list(task.eval_batches(config.validation_split, batch_size=batch_size, count=count))
-
-
-def check_least(config: TrainingConfig, field: str, least: int) -> None:
-    """Refuses a number that is too small."""
-    value = getattr(config, field)
-    if value < least:
-        raise UserError(f"config.{field} is {value}, must be at least {least}")
 
 
 def check_teacher_is_read(task: TaskConfig, key: str, splits: Sequence[str]) -> None:

@@ -38,7 +38,8 @@ from distillspec_jax.progress import Progress
 from distillspec_jax.training.optimizers import OptimizerConfig
 from experiments import cell_tables, door, planning_decoding
 from experiments.cells import CONTROL, SOURCES, Cell, Trainer, slug
-from experiments.models import Loaded, check_meeting, check_seeds, load
+from experiments.checks import check_least, check_seeds
+from experiments.models import Loaded, check_meeting, load
 from experiments.parts import check_teacher_is_read
 from experiments.watching import LOW_EOS_RATE, DecoderConfig, make_counts
 from experiments.workdir import Workdir, environment, write_json, write_json_lines
@@ -85,16 +86,14 @@ class SweepConfig:
         for source in self.sources:
             if source not in SOURCES:
                 raise unknown_name("source", source, SOURCES, "config.sources")
-        for field, least in (("batch_size", 1), ("rollout_length", 0)):
-            if getattr(self, field) < least:
-                raise UserError(f"config.{field} is {getattr(self, field)}, must be >= {least}")
+        check_least(self, 1, "batch_size", "steps")
+        check_least(self, 0, "rollout_length")
+        check_least(self.finetune, 0, "steps", where="config.finetune")
         check_dtype(self.compute_dtype, "config.compute_dtype")
         check_teacher_is_read(self.task, "config.train_splits", self.train_splits)
         check_seeds("config.seeds", *self.seeds)
         check_seeds("config.finetune.seed", self.finetune.seed)
         check_seeds("config.decoding_seed", self.decoding_seed)
-        if min(self.steps) < 1 or self.finetune.steps < 0:
-            raise UserError("config.steps must be at least 1, config.finetune.steps at least 0")
         for cell in self.cells:
             cell.recipe(self.beta)  # refuses unknown divergences and betas
         if {cell.name for cell in self.cells} == {CONTROL}:

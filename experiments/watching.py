@@ -19,6 +19,7 @@ from distillspec_jax.errors import UserError
 from distillspec_jax.evaluation.intervals import ratio
 from distillspec_jax.evaluation.quality import has_references, quality
 from distillspec_jax.models.transformer import Transformer
+from experiments.checks import check_least
 from experiments.models import Loaded
 
 LOW_EOS_RATE = 0.5  # below it most texts are cut by the limit, and little is learnt of the end
@@ -87,9 +88,7 @@ class DecoderConfig:
     temperatures: tuple[float, ...] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        for field in ("num_prompts", "batch_size", "gamma"):
-            if getattr(self, field) < 1:
-                raise UserError(f"decoder.{field} is {getattr(self, field)}, must be at least 1")
+        check_least(self, 1, "num_prompts", "batch_size", "gamma", where="decoder")
         if not self.temperatures or min(self.temperatures) < 0:
             raise UserError("decoder.temperatures must name at least one, none below 0")
         labels = [f"{temperature:g}" for temperature in self.temperatures]  # of the figures

@@ -12,11 +12,10 @@ import dataclasses
 import importlib.util
 from typing import Any
 
-import numpy as np
-
 from distillspec_jax.errors import UserError, unknown_name
 from distillspec_jax.models.config import check_dtype
 from distillspec_jax.models.presets import preset
+from experiments.checks import check_least
 
 PEERS = ("torch", "transformers")
 PARTS = ("plain", "drafted", "products")
@@ -67,11 +66,7 @@ class Config:
             for name in names:
                 if not preset(name).is_encoder_decoder:
                     raise UserError(f"config.decode.{key} has '{name}', which has no encoder")
-        for field in COUNTS:
-            if np.min(getattr(self, field)) < 1:
-                raise UserError(
-                    f"config.decode.{field} is {getattr(self, field)}, must be at least 1"
-                )
+        check_least(self, 1, *COUNTS, where="config.decode")
         if self.prompts < max(self.batch_sizes):
             raise UserError(
                 f"config.decode.prompts is {self.prompts}, too few for a batch of "

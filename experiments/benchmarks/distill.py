@@ -21,7 +21,7 @@ from distillspec_jax import zoo
 from distillspec_jax.data.batch import Batch
 from distillspec_jax.distill import recipes
 from distillspec_jax.distill.step import make_distill_step, make_rollout, make_update
-from distillspec_jax.errors import UserError, unknown_name
+from distillspec_jax.errors import unknown_name
 from distillspec_jax.evaluation.latency import Timing, side_by_side
 from distillspec_jax.models.config import ModelConfig, check_dtype
 from distillspec_jax.models.presets import preset
@@ -29,6 +29,7 @@ from distillspec_jax.models.transformer import Transformer, init_params
 from distillspec_jax.training.optimizers import OptimizerConfig, make_optimizer
 from distillspec_jax.training.state import TrainState
 from experiments.benchmarks.decode_plain import ratio
+from experiments.checks import check_least
 
 PEERS = ("torch", "transformers", "trl")
 PARTS = ("trl", "trl_small", "torch", "chunked", "teacher", "utilisation")
@@ -75,16 +76,10 @@ class Config:
         for part in self.parts:
             if part not in PARTS:
                 raise unknown_name("part", part, PARTS, "config.distill.parts")
-        if min(self.rounds, self.chunk, self.micro_batches, *self.teacher_batch_sizes) < 1:
-            raise UserError(
-                "config.distill.rounds, .chunk, .micro_batches and .teacher_batch_sizes must be at "
-                "least 1"
-            )
+        counts = ("rounds", "chunk", "micro_batches", "teacher_batch_sizes", "product_size")
+        check_least(self, 1, *counts, where="config.distill")
+        check_least(self, 0, "peak_teraflops", where="config.distill")
         check_dtype(self.compute_dtype, "config.distill.compute_dtype")
-        if self.product_size < 1 or self.peak_teraflops < 0:
-            raise UserError(
-                "config.distill.product_size must be at least 1, .peak_teraflops not negative"
-            )
 
 
 def measure(config: Config, seed: int) -> Found:
