@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-import numpy as np
 import optax
 
 from distillspec_jax import hosts, zoo
 from distillspec_jax.data.batch import Batch
-from distillspec_jax.data.examples import Examples
 from distillspec_jax.data.tasks import TEACHER, Task, TaskConfig
 from distillspec_jax.errors import UserError, unknown_name
 from distillspec_jax.models.config import check_dtype
@@ -313,15 +309,8 @@ def _sources(config: TrainingConfig, task: Task, prepared: Prepared) -> dict[str
         if zoo.find(loaded.path).path is not None
     }
     for split in (config.train_split, config.validation_split):
-        read[f"data of '{split}'"] = _digest(task.examples(split))
+        read[f"data of '{split}'"] = task.examples(split).digest
     return read
-
-
-def _digest(examples: Examples) -> str:
-    """Hex sha256 of how many examples there are, and of up to 256 of them, from first to last."""
-    indices = np.unique(np.linspace(0, len(examples) - 1, 256).astype(int)).tolist()
-    taken = [[example.input, example.target] for example in examples.take(indices)]
-    return hashlib.sha256(json.dumps([len(examples), taken]).encode()).hexdigest()
 
 
 def announce(prepared: Prepared, config: TrainingConfig, task: Task, layout: Layout) -> None:

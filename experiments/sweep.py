@@ -169,6 +169,8 @@ class _Sweep:
             "target": fingerprint(target.model, target.params),
             "draft": fingerprint(draft.model, draft.params),
         }
+        splits = {*config.train_splits, config.split}
+        self._data = {split: task.examples(split).digest for split in sorted(splits)}
         self._card = {
             "vocabulary_fingerprint": task.vocabulary.fingerprint,
             "fine_tuned_from": self._models["draft"],
@@ -206,7 +208,7 @@ class _Sweep:
         """Trains and decodes a cell, writes its file and returns a line to say."""
         config, begin = self._config, time.perf_counter()
         start = self._start(cell.split)
-        figures: dict[str, Any] = {"models": self._models}
+        figures: dict[str, Any] = {"models": self._models, "data": self._data_of(cell)}
         params = start
         if cell.steps:
             trained = self._trainer.train(cell, start, config.optimizer, on_step)
@@ -232,13 +234,15 @@ class _Sweep:
             return self._draft.params
         if split not in self._starts:
             folder = self._path / "drafts" / slug(split)
-            if native.describe(folder).get("fine_tuned_from") != self._models["draft"]:
+            stored, data = native.describe(folder), self._data[split]
+            is_same = stored.get("fine_tuned_on", data) == data
+            if not is_same or stored.get("fine_tuned_from") != self._models["draft"]:
                 self._fine_tune(split, folder)
             self._starts[split] = zoo.load(folder)[1]
         return self._starts[split]
 
     def _fine_tune(self, split: str, folder: Path) -> None:
-        """Writes the draft before, in place of one that other weights began as."""
+        """Writes the draft before, in place of one of other weights or data."""
         stage = self._config.finetune
         cell = Cell(split, stage.steps, seed=stage.seed)
         with Progress(f"fine-tune on {split}", stage.steps) as progress:
@@ -247,19 +251,29 @@ class _Sweep:
             )
         if folder.exists():
             shutil.rmtree(folder)
-        zoo.save_native(self._draft.model, trained.params, folder, self._card, dtype="float32")
+        card = self._card | {"fine_tuned_on": self._data[split]}
+        zoo.save_native(self._draft.model, trained.params, folder, card, dtype="float32")
 
     def _file(self, cell: Cell) -> Path:
         return self._path / "cells" / f"{cell.key}.json"
 
     def _kept(self, cell: Cell) -> dict[str, Any] | None:
-        """What the file of a cell holds, if it is this very cell, made with these very models."""
+        """What the file of a cell holds, if it is this very cell, of these very models and data.
+
+        Of files that do not tell the data, those of an earlier version, it is taken to be this.
+        """
         try:
             kept = json.loads(self._file(cell).read_text("utf-8"))
         except FileNotFoundError:
             return None
         about = {**dataclasses.asdict(cell), "models": self._models}
-        return kept if about.items() <= kept.items() else None
+        data = self._data_of(cell)
+        is_same = about.items() <= kept.items() and kept.get("data", data) == data
+        return kept if is_same else None
+
+    def _data_of(self, cell: Cell) -> dict[str, str]:
+        """Digests of what a cell is trained on and decoded with."""
+        return {split: self._data[split] for split in (cell.split, self._config.split)}
 
 
 def _few_ends(means: Mapping[str, float]) -> str:

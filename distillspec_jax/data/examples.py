@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import abc
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, overload
+
+import numpy as np
 
 from distillspec_jax.errors import UserError
 
 _TAKEN_AT_ONCE = 1_000
+_DIGESTED = 256
 
 
 class Example(NamedTuple):
@@ -38,6 +43,13 @@ class Examples(Sequence[Example]):
     @abc.abstractmethod
     def where(self, index: int) -> str:
         """Where an example is from, for messages."""
+
+    @property
+    def digest(self) -> str:
+        """Hex sha256 of how many there are, and of up to 256 of them, from first to last."""
+        indices = np.unique(np.linspace(0, len(self) - 1, _DIGESTED).astype(int)).tolist()
+        taken = [[example.input, example.target] for example in self.take(indices)]
+        return hashlib.sha256(json.dumps([len(self), taken]).encode()).hexdigest()
 
     def __iter__(self) -> Iterator[Example]:
         for start in range(0, len(self), _TAKEN_AT_ONCE):

@@ -154,6 +154,32 @@ def test_what_is_done_is_kept_and_what_is_new_is_added(run, tmp_path, monkeypatc
     assert {row["seeds"] for row in found["cells"] if row["steps"]} == {2}
 
 
+def test_cells_of_other_data_are_trained_anew(run, tmp_path, stories, monkeypatch):
+    begun, counts = [], np.ones((4, 5), int)
+
+    def train(self, cell, params, *_):
+        begun.append(cell.name)
+        return Trained(params, 0, {})
+
+    monkeypatch.setattr(Trainer, "train", train)
+    monkeypatch.setattr(sweep, "make_counts", lambda *_, **__: lambda *_: counts)
+    lines = {name: (stories / f"{name}.jsonl").read_text() for name in ("train", "validation")}
+    for name, text in lines.items():
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    overrides = [f"--config.task.{name}_file={tmp_path}/{name}.jsonl" for name in lines]
+    overrides.append("--config.train_splits=('train',)")
+    cells = ["control", "tvd-fixed"]
+    changes = ((None, ["control", *cells]), (None, []), ("train", ["control", *cells]))
+    for changed, expected in (*changes, ("validation", cells)):
+        if changed:
+            text = "".join(reversed(lines[changed].splitlines(keepends=True)))
+            (tmp_path / f"{changed}.jsonl").write_text(text)
+        code, _, err = run(*overrides)
+        assert code is None, err
+        assert begun == expected
+        begun.clear()
+
+
 def test_a_draft_whose_weights_changed_is_fine_tuned_anew(run, tmp_path, models, monkeypatch):
     begun, counts = [], np.ones((4, 5), int)
 
