@@ -19,7 +19,6 @@ from distillspec_jax.models.cache import Cache
 from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.models.transformer import Transformer
 
-_EXACT = Lenience()
 ACCEPTED, CORRECTED, BONUS = 1, 2, 3  # origins of a token; 0 is padding
 
 
@@ -50,12 +49,14 @@ class Speculation:
 
     def __post_init__(self) -> None:
         check_kind("sampling", self.sampling, Sampling)
-        check_kind("draft_sampling", self.draft_sampling or self.sampling, Sampling)
-        check_kind("lenience", self.lenience or _EXACT, Lenience)
+        if self.draft_sampling is not None:
+            check_kind("draft_sampling", self.draft_sampling, Sampling)
         check_kind("block_length", self.block_length, BlockLength)
         check_kind("verification", self.verification, str)
-        if self.lenience is not None and self.lenience.is_exact:
-            object.__setattr__(self, "lenience", None)
+        if self.lenience is not None:
+            check_kind("lenience", self.lenience, Lenience)
+            if self.lenience.is_exact:
+                object.__setattr__(self, "lenience", None)
         for field in ("gamma", "max_new_tokens", "num_drafts"):
             check_count(field, getattr(self, field))
         if self.verification not in RULES:

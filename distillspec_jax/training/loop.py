@@ -40,7 +40,7 @@ Figures = dict[str, Any]  # numbers, and [low, high] of their intervals
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """When to log, evaluate, save and stop; intervals in steps, 0: only at the ends."""
+    """When to log, evaluate, save and stop; 0 steps: no records, the rest at the ends."""
 
     log_every: int = 50
     evaluate_every: int = 500  # also before the first and after the last step

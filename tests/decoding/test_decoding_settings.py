@@ -33,6 +33,8 @@ SIZES = {"gamma": 3, "max_new_tokens": 17}
         ({"sampling": None}, "^sampling is None; it must be a Sampling"),
         ({"draft_sampling": 0.5}, r"draft_sampling is 0\.5; it must be a Sampling"),
         ({"sampling": GREEDY, "lenience": 0.5}, r"lenience is 0\.5; it must be a Lenience"),
+        ({"lenience": 0}, "lenience is 0; it must be a Lenience"),
+        ({"draft_sampling": 0}, "draft_sampling is 0; it must be a Sampling"),
         ({"block_length": 3}, "block_length is 3; it must be a BlockLength"),
         ({"verification": None}, "verification is None; it must be a str"),
     ],
