@@ -28,7 +28,7 @@ from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.models.cpu_memory import on_large_pages
 from distillspec_jax.models.presets import PRESETS
 from distillspec_jax.models.transformer import Params, Transformer, init_params
-from distillspec_jax.training.checkpoints import chosen_step, drop_unfinished_reads
+from distillspec_jax.run_folders import FOLDER, chosen_step, drop_unfinished_reads
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 
@@ -155,8 +155,8 @@ def _identify(path: Path) -> Found:
         raise UserError(f"no model at '{path}': it is neither a file nor a folder")
     if orbax.is_step(path):
         return Found("run", path.name, path)
-    if (path / orbax.FOLDER).is_dir():
-        return Found("run", path.name, path / orbax.FOLDER / str(chosen_step(path)))
+    if (path / FOLDER).is_dir():
+        return Found("run", path.name, path / FOLDER / str(chosen_step(path)))
     if t5x.is_folder(path):
         return Found("t5x", path.name, t5x.chosen_folder(path))
     if (path / "config.json").exists():

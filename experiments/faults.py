@@ -27,7 +27,7 @@ from absl import flags
 
 from distillspec_jax.errors import UserError
 from distillspec_jax.progress import Progress
-from distillspec_jax.training.checkpoints import FOLDER
+from distillspec_jax.run_folders import FOLDER
 from distillspec_jax.training.metrics import JSONL
 from experiments import distill, door, planning
 from experiments.configs.faults import get_config

@@ -16,9 +16,10 @@ from distillspec_jax.data.tasks import TEACHER, Task, TaskConfig
 from distillspec_jax.errors import UserError, unknown_name
 from distillspec_jax.models.config import check_dtype
 from distillspec_jax.models.fingerprint import fingerprint
+from distillspec_jax.run_folders import newest_step
 from distillspec_jax.sharding.layout import Layout, check_rows, device_bytes
 from distillspec_jax.sharding.mesh import AXES, MeshConfig, make_mesh
-from distillspec_jax.training.checkpoints import Checkpoints, newest_step
+from distillspec_jax.training.checkpoints import Checkpoints
 from distillspec_jax.training.loop import LoopConfig, Result
 from distillspec_jax.training.metrics import MetricsWriter, Writer
 from distillspec_jax.training.optimizers import OptimizerConfig

@@ -23,9 +23,7 @@ from distillspec_jax.interop.tensors import check_tensors
 from distillspec_jax.models.config import ModelConfig, check_has_end
 from distillspec_jax.models.cpu_memory import on_large_pages
 from distillspec_jax.models.transformer import Transformer
-
-FOLDER = "checkpoints"
-FORMAT = 1
+from distillspec_jax.run_folders import FOLDER, FORMAT
 
 
 def is_step(folder: Path) -> bool:

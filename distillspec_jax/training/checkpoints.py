@@ -14,16 +14,14 @@ Layout, for readers that want the weights and no training state:
     <workdir>/checkpoints/<step>/loop          item of JsonSave: what the loop remembers
 
 The weights to take from a run are those of the largest step whose description says `best`, or of
-the largest step if none does (`chosen_step`).
+the largest step if none does (`run_folders.chosen_step`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import json
-import logging
 import re
 import shutil
 import sys
@@ -42,11 +40,15 @@ from orbax.checkpoint import checkpoint_managers
 import distillspec_jax
 from distillspec_jax import hosts
 from distillspec_jax.errors import UserError, first_line
-from distillspec_jax.files import write_text
+from distillspec_jax.run_folders import (
+    FOLDER,
+    FORMAT,
+    drop_unfinished_reads,
+    mark_best,
+    saved_steps,
+)
 from distillspec_jax.training.state import TrainState
 
-FOLDER = "checkpoints"
-FORMAT = 1
 IDENTITY = ("model", "vocabulary_fingerprint", "optimizer")  # must agree for a run to go on
 ITEMS = ("params", "training", "description", "loop")
 SMALL = 2**28  # bytes of a state below which Orbax's bookkeeping takes longer than a copy
@@ -106,7 +108,7 @@ class Checkpoints:
             self._best.step = step
         if step in self._manager.all_steps():
             if best:  # it was saved before it could be evaluated
-                hosts.on_first(lambda: _mark_best(self._folder / str(step)))
+                hosts.on_first(lambda: mark_best(self._folder / str(step)))
             return
         params, training = _split(state)
         training["checksums"] = checksums((params, training))
@@ -187,7 +189,7 @@ class Checkpoints:
         except (OSError, ValueError) as error:  # TensorStore's are ValueError
             if hosts.is_of_engine(error) or not _NO_WRITING.search(str(error)):
                 raise
-            whole = _steps(self._folder)
+            whole = saved_steps(self._folder)
             kept = f"the one of step {whole[-1]} is whole" if whole else "there is none before it"
             raise UserError(
                 f"a checkpoint could not be saved in {self._folder} ({first_line(error)}); "
@@ -323,37 +325,6 @@ def checksums(tree: Any) -> jax.Array:
     return jnp.stack([one(leaf) for leaf in jax.tree.leaves(tree)])
 
 
-def newest_step(workdir: Path) -> int:
-    """The step of the newest checkpoint, -1 if there is none."""
-    return max(_steps(workdir / FOLDER), default=-1)
-
-
-def chosen_step(workdir: Path) -> int:
-    """The step whose weights stand for the run: the best one saved, else the newest.
-
-    Raises UserError if there is no checkpoint.
-    """
-    folder = workdir / FOLDER
-    steps = _steps(folder)
-    if not steps:
-        raise UserError(f"there is no checkpoint in {folder}")
-    best = [step for step in steps if _says_best(folder / str(step))]
-    return max(best or steps)
-
-
-def _steps(folder: Path) -> list[int]:
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
-
-
-def _mark_best(checkpoint: Path) -> None:
-    """Has the description of a whole checkpoint say that it is the best, unless it does."""
-    if _says_best(checkpoint):
-        return
-    metadata = checkpoint / "description" / "metadata"
-    stored = json.loads(metadata.read_text("utf-8")) | {"best": True}
-    write_text(metadata, json.dumps(stored))
-
-
 def _json(place: Path) -> dict[str, Any]:
     handler = ocp.JsonCheckpointHandler()
     try:
@@ -396,23 +367,6 @@ def _shows_damage(error: BaseException) -> bool:
         return isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
     of_content = ValueError | LookupError | AttributeError | TypeError
     return isinstance(error, of_content) and not str(error).startswith(_NO_DAMAGE)
-
-
-def drop_unfinished_reads() -> None:
-    """Lets the other reads of a failed restore go without a traceback of each on the terminal."""
-    logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
-    was_disabled = logger.disabled
-    logger.disabled, sys.unraisablehook = True, lambda _: None
-    gc.collect()
-    logger.disabled, sys.unraisablehook = was_disabled, hook
-
-
-def _says_best(checkpoint: Path) -> bool:
-    metadata = checkpoint / "description" / "metadata"
-    try:
-        return bool(json.loads(metadata.read_text("utf-8"))["best"])
-    except (OSError, LookupError, TypeError, ValueError, RecursionError):  # none that we wrote
-        return False
 
 
 def _as_uint32(leaf: jax.Array) -> jax.Array:

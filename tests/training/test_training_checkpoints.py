@@ -17,8 +17,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from distillspec_jax.errors import UserError
+from distillspec_jax.run_folders import chosen_step, says_best
 from distillspec_jax.training import checkpoints as module
-from distillspec_jax.training.checkpoints import Checkpoints, checksums, chosen_step
+from distillspec_jax.training.checkpoints import Checkpoints, checksums
 from distillspec_jax.training.state import TrainState
 
 
@@ -116,7 +117,7 @@ def test_no_step_waits_for_the_bookkeeping_of_a_small_save(make_toy, monkeypatch
     open_gate.set()
     checkpoints.save(toy.state(), {}, best=True)  # the same step, so it is there by then
     checkpoints.close()
-    assert module._says_best(toy.workdir / "checkpoints" / "0")
+    assert says_best(toy.workdir / "checkpoints" / "0")
 
 
 @pytest.mark.parametrize("call", ["save", "wait", "close"])

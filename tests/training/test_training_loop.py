@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from distillspec_jax.errors import UserError
+from distillspec_jax.run_folders import chosen_step
 from distillspec_jax.training import loop as module
-from distillspec_jax.training.checkpoints import chosen_step
 from distillspec_jax.training.loop import NO_HOOKS, LoopConfig, Memory, _Loop
 
 CLOCKS = ("wall_time", "seconds", "compile_seconds", "tokens_per_second")
