@@ -38,7 +38,7 @@ class Sampling:
     def __post_init__(self) -> None:
         for field in ("temperature", "top_p"):
             value = getattr(self, field)
-            if not isinstance(value, numbers.Real):
+            if not isinstance(value, numbers.Real) or isinstance(value, bool):
                 raise UserError(f"{field} is {value!r}; it must be a number")
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or positive")

@@ -132,6 +132,7 @@ def test_draw_returns_the_distribution_it_drew_from():
         ({"top_p": 1e-46}, "top_p is 1e-46"),  # 0 in float32
         ({"temperature": "1"}, "temperature is '1'; it must be a number"),
         ({"temperature": None}, "temperature is None; it must be a number"),
+        ({"temperature": True}, "temperature is True; it must be a number"),
         ({"temperature": jnp.float32(1)}, "it must be a number"),
         ({"top_k": True}, "top_k is True; it must be 0"),
     ],
