@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 
 from distillspec_jax.errors import UserError
 
+MOST = 10**6  # hosts, or seconds to wait: more is a slip
 _RANKS = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
 _ATTRIBUTES = "computeMetadata/v1/instance/attributes"
 _SECONDS = 5.0  # for one answer of the metadata server, which is on the same machine
@@ -42,10 +43,10 @@ def detected(environment: Mapping[str, str] = os.environ) -> tuple[str, int | No
 
 
 def number(environment: Mapping[str, str], key: str, default: str = "", *, least: int) -> int:
-    """The number that a variable holds; UserError if it is none from `least` on."""
+    """The number that a variable holds; UserError if it is none from `least` to a million."""
     text = environment.get(key, default)
-    if not text.isdecimal() or int(text) < least:
-        raise UserError(f"{key} is {text!r}; give a number from {least}")
+    if not (text.isdecimal() and len(text) < 8 and least <= int(text) <= MOST):
+        raise UserError(f"{key} is {text[:40]!r}; give a number from {least} to {MOST:,}")
     return int(text)
 
 

@@ -26,11 +26,17 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file that is whole at every moment: the old one or the new one."""
+    """Writes a file that is whole at every moment: the old one or the new one.
+
+    It is on the disk before it takes its name: a node that fails then leaves no empty file.
+    """
     beside = name_beside(path)
     with naming(path):
         try:
-            beside.write_text(text, "utf-8")
+            with beside.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)

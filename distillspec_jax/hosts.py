@@ -3,7 +3,7 @@
 The engine is `jax.distributed`; it also ends the others when one dies, and names it. What it does
 not say is who was missing at the start, so every host leaves a file in the job's folder while it
 waits for the others. Later, a host that lives but does not come is named where all of them meet:
-`on_first`, `all_true` and `fetch`.
+`on_first`, `all_true`, `check_same` and `fetch`.
 
     DISTILLSPEC_HOSTS          number of processes, or `auto` where JAX detects the cluster itself
                                (Slurm, TPU pods, GKE); unset: this process alone
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import re
 import sys
@@ -40,7 +41,7 @@ ARRIVALS = ".hosts"  # in the job's folder: one file per host that waits for the
 SHARED = "shared"  # in there: a file of the first host, for the others to see
 _SPOKEN_BEFORE = 30.0  # seconds that this module's time limit is ahead of the engine's own
 _SEEN_SECONDS = 20.0  # until a new file is seen on all hosts: caches of network file systems
-_ERROR_BYTES = 2_000
+_ADDRESS = re.compile(r"\S+:\d{1,5}")
 _NO_MEMORY = re.compile("RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
 _COMMUNICATION = re.compile(
     "^(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|CANCELLED)"
@@ -67,7 +68,8 @@ def initialize(folder: Path, environment: Mapping[str, str] = os.environ) -> Non
     else:
         expected = cluster.number(environment, "DISTILLSPEC_HOSTS", least=1)
         index = cluster.number(environment, "DISTILLSPEC_HOST", least=0)
-        if index >= expected or "JAX_COORDINATOR_ADDRESS" not in environment:
+        address = environment.get("JAX_COORDINATOR_ADDRESS", "")
+        if index >= expected or not _ADDRESS.fullmatch(address):  # the engine would break on it
             raise UserError(
                 f"host {index} of {expected} needs DISTILLSPEC_HOST below DISTILLSPEC_HOSTS, and "
                 "JAX_COORDINATOR_ADDRESS (host:port of host 0)"
@@ -252,14 +254,53 @@ def on_first(action: Callable[[], Any]) -> Any:
         except (UserError, OSError) as caught:
             error = caught
     _meet()
-    text = str(error or "").encode()[:_ERROR_BYTES].ljust(_ERROR_BYTES, b"\0")
-    told = multihost_utils.broadcast_one_to_all(np.frombuffer(text, np.uint8))
-    message = bytes(np.asarray(told, np.uint8)).rstrip(b"\0").decode(errors="ignore")
+    kind, told = of_first(_told(error))
     if error is not None:
         raise error
-    if message:
-        raise UserError(message)
+    if kind:
+        raise OSError(*told) if kind == "system" else UserError(*told)
     return result
+
+
+def _told(error: UserError | OSError | None) -> tuple[str, list[Any]]:
+    """What kind of error it is, and what makes another one like it."""
+    if isinstance(error, OSError) and error.strerror:
+        name = str(error.filename or "") or None
+        return "system", [error.errno, error.strerror, name]
+    return ("system" if isinstance(error, OSError) else "user") * bool(error), [str(error)]
+
+
+def of_first(value: Any) -> Any:
+    """What the first process has, JSON, in all of them; all must ask."""
+    return value if jax.process_count() == 1 else _from_all(value)[0]
+
+
+def check_same(values: Mapping[str, Any]) -> None:
+    """Raises UserError in all processes unless their values, JSON by name, are the same.
+
+    What differs would have them take different steps, and wait for each other for ever.
+    """
+    if jax.process_count() == 1:
+        return
+    _meet()
+    first, *others = _from_all(values)
+    for host, theirs in enumerate(others, 1):
+        for name in sorted(first.keys() | theirs.keys()):
+            here, there = (json.dumps(each.get(name))[:80] for each in (first, theirs))
+            if here != there:
+                raise UserError(
+                    f"the hosts were not started alike: {name} is {here} on host 0 and {there} on "
+                    f"host {host}; start all with the same command, code and data"
+                )
+
+
+def _from_all(value: Any) -> list[Any]:
+    """What every process has, in their order; JSON."""
+    mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.array(mine.size))).ravel()
+    padded = np.pad(mine, (0, sizes.max() - mine.size))
+    texts = np.asarray(multihost_utils.process_allgather(padded), np.uint8)
+    return [json.loads(bytes(text[:size])) for text, size in zip(texts, sizes, strict=True)]
 
 
 def all_true(flag: bool) -> bool:

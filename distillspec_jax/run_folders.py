@@ -7,16 +7,20 @@ weights alone, `zoo` finds them by the folder of the run.
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from distillspec_jax.errors import UserError
 from distillspec_jax.files import write_text
 
 FOLDER = "checkpoints"
 FORMAT = 1
+SEAL = "seal"  # in the description: digest of all else in it
 
 
 def newest_step(workdir: Path) -> int:
@@ -35,6 +39,30 @@ def chosen_step(workdir: Path) -> int:
         raise UserError(f"there is no checkpoint in {folder}")
     best = [step for step in found if says_best(folder / str(step))]
     return max(best or found)
+
+
+def sealed(description: Mapping[str, Any]) -> dict[str, Any]:
+    """The description of a checkpoint with its seal, by which a changed letter is seen."""
+    return {**description, SEAL: digest(description)}
+
+
+def unsealed(description: Mapping[str, Any]) -> dict[str, Any]:
+    """The description without its seal; ValueError if that is broken. Older ones have none."""
+    kept = {key: value for key, value in description.items() if key != SEAL}
+    check_digest(kept, description.get(SEAL))
+    return kept
+
+
+def check_digest(values: Mapping[str, Any], wanted: str | None) -> None:
+    """ValueError unless `digest` of the values is the wanted one, if there is one."""
+    if wanted is not None and digest(values) != wanted:
+        raise ValueError("its texts are not those that were saved")
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """Hex sha256 of JSON; "best" does not count, which is written later, too."""
+    kept = {key: value for key, value in values.items() if key != "best"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def saved_steps(folder: Path) -> list[int]:

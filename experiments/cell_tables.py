@@ -45,8 +45,8 @@ class Results:
     def rows(self) -> list[Row]:
         """One row per cell and temperature, its seeds pooled, with gains over start and control.
 
-        `gain_over_*` is a ratio of block efficiencies on the same prompts; prompts and seeds are
-        resampled together for its interval.
+        `gain_over_*` is a ratio of block efficiencies on the same prompts; its interval resamples
+        them together and is wider by what the seeds differ by.
         """
         unseeded = dict.fromkeys(dataclasses.replace(cell, seed=0) for cell in self.measured)
         return [

@@ -28,6 +28,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
+import distillspec_jax
 from distillspec_jax import hosts
 from distillspec_jax.errors import UserError, first_line, unknown_name
 from experiments.usage import default_of, is_instance, usage
@@ -43,7 +44,7 @@ _PLAN = flags.DEFINE_bool(
     "plan", False, "say what each device would hold and compute, without allocating; then leave"
 )
 _MEMORY = flags.DEFINE_float(
-    "device_memory_gib", None, "memory of a device: says whether the plan fits", lower_bound=0.0
+    "device_memory_gib", None, "memory of a device: says whether the plan fits"
 )
 
 BAD_INPUT = 2
@@ -88,6 +89,7 @@ def run(
         workdir = Path(str(_WORKDIR.value)).absolute()
         _or_exit(lambda: _join_hosts(workdir, on_hosts))
         if jax.distributed.is_initialized():
+            _among_hosts(lambda: _or_exit(lambda: _check_alike(config)))
             sys.exit(_among_hosts(lambda: _or_exit(lambda: main(config, workdir))))
         sys.exit(_or_exit(lambda: main(config, workdir)))
 
@@ -170,6 +172,18 @@ def _join_hosts(workdir: Path, on_hosts: bool) -> None:
             "(finetune and distill run on several)"
         )
     hosts.initialize(workdir)
+
+
+def _check_alike(config: Any) -> None:
+    """Refuses hosts that would not do the same: they would wait for each other for ever."""
+    hosts.check_same(
+        {
+            "the kind of run": type(config).__name__,
+            "the version of distillspec_jax": distillspec_jax.__version__,
+            "the version of jax": jax.__version__,
+            **flat(dataclasses.asdict(config), "config."),
+        }
+    )
 
 
 def _among_hosts(action: Callable[[], Any]) -> Any:
@@ -263,6 +277,8 @@ def _leave_if_asked_for_help(
 def _check_memory() -> None:
     if _MEMORY.value is not None and not _PLAN.value:
         raise UserError("--device_memory_gib belongs to --plan; give both, or neither")
+    if _MEMORY.value is not None and not 0 < _MEMORY.value < math.inf:
+        raise UserError(f"--device_memory_gib is {_MEMORY.value}, must be a finite number above 0")
 
 
 def _parsed(argv: Sequence[str]) -> list[str]:
@@ -318,7 +334,7 @@ def _load_module(file: str) -> types.ModuleType:
 def _check_overrides(argv: Sequence[str], config_class: type) -> None:
     """Refuses `--config.a.b` for keys that `config_class` does not have."""
     for arg in argv[1:]:
-        match = re.match(r"--?(?:no)?config\.([^=]+)", arg)
+        match = re.match(r"--?(?:no)?config\.([^=]*)", arg)
         here: Any = config_class
         where = "config"
         for name in match[1].split(".") if match else ():
@@ -411,6 +427,15 @@ def _convert_union(options: tuple[Any, ...], hint: Any, value: Any, key: str, de
     raise UserError(f"config key '{key}' is {value!r}, must be {_name(hint)}")
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = prefix + key
+        found |= flat(value, name + ".") if isinstance(value, dict) else {name: value}
+    return found
+
+
 def _inner_dataclass(hint: Any) -> Any:
     """The dataclass that `hint` is or may be (`X | None`), else None."""
     is_union = typing.get_origin(hint) in _UNIONS
@@ -430,5 +455,6 @@ def _name(hint: Any) -> str:
 
 def _enable_compilation_cache() -> None:
     """Keeps compiled programs below the user's cache folder: a second start is quick."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(base / "distillspec_jax" / "xla"))
+    with contextlib.suppress(RuntimeError):  # the user has no home, so there is none
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(base / "distillspec_jax" / "xla"))

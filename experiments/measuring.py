@@ -376,12 +376,15 @@ def _gains_in_speed(
 
         for name in others:
             gain = clock.speedup(entrants(best), entrants(name))
-            row = _gain("tokens_per_second", best, name, temperature, gain)
+            row = _gain("tokens_per_second", best, name, temperature, gain, clock.batch_size)
             gammas = chosen[best, temperature], chosen[name, temperature]
             gains.append({**row, "gamma": gammas[0], "gamma_over": gammas[1]})
     return gains
 
 
-def _gain(figure: str, name: str, over: str, temperature: float, gain: Estimate) -> Row:
+def _gain(
+    figure: str, name: str, over: str, temperature: float, gain: Estimate, batch_size: int = 1
+) -> Row:
+    """A row of gains; `batch_size` is how many prompts each of the estimate's samples holds."""
     about = {"figure": figure, "name": name, "over": over, "temperature": temperature}
-    return {**about, **gain.keys("gain"), "num_prompts": gain.n}
+    return {**about, **gain.keys("gain"), "num_prompts": gain.n * batch_size}

@@ -211,10 +211,13 @@ class Run:
 
     workdir: Workdir | None  # of the first host alone
     checkpoints: Checkpoints
+    steps: int
 
     def writer_of(self, resumed_step: int, evaluated_step: int) -> Writer:
         if self.workdir is None:
             return Writer()
+        if resumed_step < self.steps:
+            self.workdir.drop_summary()  # of a run that was over, and now goes on
         return MetricsWriter(
             self.workdir.path, resumed_step=resumed_step, evaluated_step=evaluated_step
         )
@@ -276,6 +279,15 @@ def open_run(
     already taken would not be those of the longer run.
     """
     may_change = HARMLESS if config.optimizer.depends_on_steps else (*HARMLESS, "steps")
+    description = {
+        "model": prepared.trained.model.config.as_stored(),
+        "vocabulary_fingerprint": task.vocabulary.fingerprint,
+        "optimizer": dataclasses.asdict(config.optimizer),
+        "experiment": experiment,
+        "seed": config.seed,
+        "sources": _sources(config, task, prepared),
+    }
+    hosts.check_same(door.flat(description))
     opened = hosts.on_first(
         lambda: Workdir(
             workdir,
@@ -285,15 +297,8 @@ def open_run(
             at_least={"steps": newest_step(workdir)},
         )
     )
-    description = {
-        "model": prepared.trained.model.config.as_stored(),
-        "vocabulary_fingerprint": task.vocabulary.fingerprint,
-        "optimizer": dataclasses.asdict(config.optimizer),
-        "experiment": experiment,
-        "seed": config.seed,
-        "sources": _sources(config, task, prepared),
-    }
-    return Run(opened, Checkpoints(workdir, description, keep_last=config.loop.keep_last))
+    checkpoints = Checkpoints(workdir, description, keep_last=config.loop.keep_last)
+    return Run(opened, checkpoints, config.steps)
 
 
 def _sources(config: TrainingConfig, task: Task, prepared: Prepared) -> dict[str, str]:

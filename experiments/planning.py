@@ -28,8 +28,9 @@ from distillspec_jax.decoding.speculative import speculate
 from distillspec_jax.decoding.state import Speculation
 from distillspec_jax.distill.data_sources import source_probabilities
 from distillspec_jax.models import transformer
-from distillspec_jax.sharding.layout import Layout, device_bytes, placed
-from distillspec_jax.sharding.mesh import MeshConfig
+from distillspec_jax.models.layers import ROW_AXES
+from distillspec_jax.sharding.layout import Layout, check_row_parts, device_bytes, placed
+from distillspec_jax.sharding.mesh import AXES, MeshConfig, axis_sizes
 from distillspec_jax.sharding.rules import batch_sharding
 from distillspec_jax.training.validation import sums as likelihood_sums
 from experiments import parts
@@ -99,6 +100,7 @@ def planner(
     """The --plan of an entrypoint: `(config, GiB of a device or None) -> exit code`."""
 
     def plan(config: parts.TrainingConfig, memory_gib: float | None) -> int | None:
+        check_mesh(config)
         make_virtual_devices(config.mesh)
         layout = parts.open_layout(config)
         task = load_task(config.task)
@@ -114,6 +116,14 @@ def planner(
         return judge(found.total, memory_gib, lambda: advice(found, config))
 
     return plan
+
+
+def check_mesh(config: parts.TrainingConfig) -> None:
+    """Refuses a mesh before its devices are made: thousands of them take seconds and gigabytes."""
+    sizes = dict(zip(AXES, axis_sizes(config.mesh, 1), strict=True))
+    if -1 not in dataclasses.astuple(config.mesh):  # else no devices are made for it
+        row_parts = math.prod(sizes[axis] for axis in ROW_AXES)
+        check_row_parts(row_parts, config.batch_size, config.micro_batches)
 
 
 def make_virtual_devices(mesh: MeshConfig) -> None:

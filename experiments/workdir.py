@@ -17,13 +17,14 @@ import jax
 
 import distillspec_jax
 from distillspec_jax.errors import UserError
-from distillspec_jax.files import name_beside, write_text
+from distillspec_jax.files import json_object, name_beside, write_text
 from distillspec_jax.hosts import ARRIVALS
 from distillspec_jax.training.metrics import finite
 from experiments import door
 
 CONFIG, LOCK, SUMMARY = "config.json", ".lock", "summary.json"
 RETIRED = {"distill": ("validation_examples",)}  # keys that older runs have and nothing reads
+_MEND = "choose an empty or a new folder"
 
 
 class Workdir:
@@ -53,6 +54,7 @@ class Workdir:
           may_change: dotted keys whose value may differ from the run that is there.
           at_least: how far that run is by a key, which may not be below.
         """
+        _refuse_odd_paths(path)
         if path.exists() and not path.is_dir():
             raise UserError(f"--workdir={path} is a file, must be a folder")
         entries = path.iterdir() if path.exists() else ()
@@ -75,6 +77,10 @@ class Workdir:
         path = self.path / SUMMARY
         write_json(path, {**finite(dict(values)), "seed": seed, **environment()})
         return path
+
+    def drop_summary(self) -> None:
+        """Removes `summary.json`, which says that the run is over."""
+        (self.path / SUMMARY).unlink(missing_ok=True)
 
     def take_back(self) -> None:
         """Removes a folder that was not there before, of a run that came to nothing.
@@ -99,17 +105,26 @@ class Workdir:
         self.close()
 
 
+def _refuse_odd_paths(path: Path) -> None:
+    """Refuses a path that no folder can have, and what is no file where a run has one."""
+    if "\0" in str(path):
+        raise UserError(f"--workdir={str(path)!r} has a NUL byte, no path can; choose another")
+    for file in (path / CONFIG, path / LOCK):
+        if os.path.lexists(file) and not file.is_file():
+            raise UserError(f"{file} is not a file; {_MEND}")
+
+
 def _config_in(path: Path) -> dict[str, Any]:
     """The config of the run in a folder; UserError if its `config.json` is something else's."""
-    mend = "choose an empty or a new folder"
     try:
-        theirs = json.loads((path / CONFIG).read_text("utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise UserError(f"{path / CONFIG} is not JSON ({error}); {mend}") from None
-    if not isinstance(theirs, dict) or "experiment" not in theirs:
+        theirs = json_object((path / CONFIG).read_text("utf-8"))
+    except UnicodeDecodeError:
+        raise UserError(f"{path / CONFIG} is not UTF-8 text; {_MEND}") from None
+    except ValueError as error:
+        raise UserError(f"{path / CONFIG} is {error}; {_MEND}") from None
+    if "experiment" not in theirs:
         raise UserError(
-            f"{path / CONFIG} is not that of a run: it holds no object with the key 'experiment'; "
-            f"{mend}"
+            f"{path / CONFIG} is not that of a run: it has no key 'experiment'; {_MEND}"
         )
     return theirs
 
@@ -122,7 +137,7 @@ def _refuse_other_run(
     may_change: Sequence[str],
 ) -> None:
     if not theirs:
-        raise UserError(f"--workdir={path} holds files but no run; choose an empty or a new folder")
+        raise UserError(f"--workdir={path} holds files but no run; {_MEND}")
     name = theirs.pop("experiment")
     if name != experiment:
         raise UserError(
@@ -132,7 +147,7 @@ def _refuse_other_run(
         theirs.pop(key, None)
     # Through the dataclass: keys that are newer than the run have their defaults.
     before = door.to_dataclass(type(config), theirs, str(path / CONFIG))
-    old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(config))
+    old, new = door.flat(dataclasses.asdict(before)), door.flat(dataclasses.asdict(config))
     for key, value in new.items():
         if old[key] != value and key not in may_change:
             raise UserError(
@@ -189,11 +204,3 @@ def _lock(path: Path) -> int:
             "on one that has, or have it mounted with them (Lustre: -o flock)"
         ) from error
     return descriptor
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = prefix + key
-        flat |= _flat(value, name + ".") if isinstance(value, dict) else {name: value}
-    return flat

@@ -35,7 +35,8 @@ for ((host = 0; host < hosts; host++)); do
   command=(env "JAX_COORDINATOR_ADDRESS=localhost:$port" "DISTILLSPEC_HOSTS=$hosts"
     "DISTILLSPEC_HOST=$host" "$python" -m "experiments.$entrypoint" "$@")
   if [ -n "$dry_run" ]; then
-    echo "${command[@]}"
+    words=$(printf ' %q' "${command[@]}")
+    echo "${words# }"
   else
     "${command[@]}" > >(mark "$host") 2> >(mark "$host" >&2) &
     pids+=($!)

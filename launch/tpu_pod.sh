@@ -12,7 +12,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-run=()
+run=() temporary=${TMPDIR:-/tmp}/distillspec_jax.XXXXXX
 if [ "${1:-}" = --dry-run ]; then
   run=(echo)
   shift
@@ -23,14 +23,21 @@ if [ $# -lt 3 ]; then
 fi
 name=$1 zone=$2 entrypoint=$3
 shift 3
-flags=$(printf ' %q' "$@")
+flags=
+[ $# = 0 ] || flags=$(printf ' %q' "$@")
 
-archive=${TMPDIR:-/tmp}/distillspec_jax.tar.gz
+# a name of its own on both sides: another launch may be under way
+if [ ${#run[@]} = 0 ]; then
+  temporary=$(mktemp -d "$temporary")
+  trap 'rm -rf "$temporary"' EXIT
+fi
+archive=$temporary/${temporary##*/}.tar.gz
 ${run[@]+"${run[@]}"} git archive --output="$archive" HEAD
 ${run[@]+"${run[@]}"} gcloud compute tpus tpu-vm scp "$archive" "$name": --zone="$zone" --worker=all
 ${run[@]+"${run[@]}"} gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="
   set -e
-  mkdir -p distillspec_jax && cd distillspec_jax && tar -xzf ../distillspec_jax.tar.gz
+  mkdir -p distillspec_jax && cd distillspec_jax && tar -xzf ../${archive##*/}
+  rm ../${archive##*/}
   source launch/environment.sh && make_environment tpu
   source launch/xla_flags.sh && xla_flags tpu
   DISTILLSPEC_HOSTS=auto exec \"\$python\" -m experiments.$entrypoint$flags"

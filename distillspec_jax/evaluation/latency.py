@@ -214,7 +214,7 @@ class Clock:
         )
 
     def tokens_per_second(self, names: Sequence[str]) -> Estimate:
-        """Tokens over seconds; several names are seeds of one decoder, resampled as such."""
+        """Tokens over seconds; several names are seeds of one decoder, and widen the interval."""
         return ratio(_stack(self.tokens, names), _stack(self.seconds, names))
 
     def speedup(self, names: Sequence[str], over: Sequence[str]) -> Estimate:

@@ -158,7 +158,7 @@ def quality(metric: str, predictions: Sequence[str], references: Sequence[str]) 
 def pooled_quality(
     metric: str, seeds: Sequence[Sequence[str]], references: Sequence[str]
 ) -> Estimate | None:
-    """`quality` of several seeds' texts on the same prompts, resampled over seeds and prompts."""
+    """`quality` of several seeds' texts on the same prompts; the interval is over both."""
     for predictions in seeds:
         if len(predictions) != len(references) or not references:
             raise UserError(

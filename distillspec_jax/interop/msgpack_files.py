@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from distillspec_jax.errors import UserError
-from distillspec_jax.interop.safetensors_files import TensorInfo, is_sizes, read_tensor
+from distillspec_jax.interop.safetensors_files import MAX_RANK, TensorInfo, is_sizes, read_tensor
 
 MAX_DEPTH = 64
 MAX_ITEMS = 2**20
@@ -108,9 +108,9 @@ class _Reader:
         if 0xC4 <= code <= 0xC6:
             return self._bytes(self._bounded(self._number(_WIDTHS[code - 0xC4]), MAX_TEXT))
         if 0xC7 <= code <= 0xC9:
-            return self._extension(self._number(_WIDTHS[code - 0xC7]))
+            return self._extension(self._number(_WIDTHS[code - 0xC7]), depth)
         if 0xD4 <= code <= 0xD8:
-            return self._extension(1 << (code - 0xD4))
+            return self._extension(1 << (code - 0xD4), depth)
         if 0xD9 <= code <= 0xDB:
             return self._text(self._number(_WIDTHS[code - 0xD9]))
         if code in (0xDC, 0xDD):
@@ -137,23 +137,24 @@ class _Reader:
     def _number(self, form: str) -> Any:
         return struct.unpack(form, self._bytes(struct.calcsize(form)))[0]
 
-    def _extension(self, length: int) -> Any:
+    def _extension(self, length: int, depth: int) -> Any:
         """An array becomes a TensorInfo, its bytes are jumped over; other kinds become None."""
         (kind,) = struct.unpack(">b", self._bytes(1))
         end = self._file.tell() + self._bounded(length, self._end)
-        info = self._tensor() if kind in (_NDARRAY, _SCALAR) else None
+        info = self._tensor(depth) if kind in (_NDARRAY, _SCALAR) else None
         if isinstance(info, TensorInfo) and self._file.tell() != end:
             raise ValueError("an array has another length than it says")
         self._file.seek(end)
         return info
 
-    def _tensor(self) -> TensorInfo | Unreadable:
+    def _tensor(self, depth: int) -> TensorInfo | Unreadable:
         """The inside of an array's extension: [shape, name of dtype, bytes]."""
         if self._bytes(1)[0] != 0x93:
             raise ValueError("an array is not of the form shape, dtype, bytes")
-        shape, name = self._value(MAX_DEPTH - 1), self._value(MAX_DEPTH - 1)
+        shape, name = self._value(depth + 1), self._value(depth + 1)
         name = name.decode() if isinstance(name, bytes) else name
-        if not is_sizes(shape) or not isinstance(name, str):
+        is_shape = is_sizes(shape) and len(shape) <= MAX_RANK
+        if not is_shape or not isinstance(name, str):
             raise ValueError(f"an array has shape {shape!r:.60} and dtype {name!r:.40}")
         if name not in _DTYPES:
             return Unreadable(name)
@@ -163,7 +164,8 @@ class _Reader:
         length = self._bounded(self._number(_WIDTHS[code - 0xC4]), self._end)
         info = TensorInfo(tuple(shape), _DTYPES[name], self._file.tell())
         if info.nbytes != length:
-            raise ValueError(f"an array of shape {shape} needs {info.nbytes} bytes, has {length}")
+            needs = f"needs {info.nbytes} bytes, has {length}"
+            raise ValueError(f"an array of shape {shape!r:.60} {needs}")
         self._file.seek(length, 1)
         return info
 

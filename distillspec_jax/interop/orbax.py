@@ -22,8 +22,9 @@ from distillspec_jax.interop.native import model_config
 from distillspec_jax.interop.tensors import check_tensors
 from distillspec_jax.models.config import ModelConfig, check_has_end
 from distillspec_jax.models.cpu_memory import on_large_pages
+from distillspec_jax.models.fingerprint import fingerprint, fingerprint_of
 from distillspec_jax.models.transformer import Transformer
-from distillspec_jax.run_folders import FOLDER, FORMAT
+from distillspec_jax.run_folders import FOLDER, FORMAT, sealed, unsealed
 
 
 def is_step(folder: Path) -> bool:
@@ -43,7 +44,10 @@ def describe(step: Path) -> dict[str, Any]:
         handler.close()
     if not isinstance(stored, Mapping) or stored.get("format") != FORMAT:
         raise UserError(f"{step} is not a checkpoint of this project, format {FORMAT}")
-    return dict(stored)
+    try:
+        return unsealed(stored)
+    except ValueError as error:
+        raise UserError(f"the checkpoint {step} is damaged: {error}") from error
 
 
 def read_config(step: Path) -> ModelConfig:
@@ -54,30 +58,42 @@ def read_config(step: Path) -> ModelConfig:
 def read_params(
     step: Path, config: ModelConfig, *, shardings: Any = None, dtype: str = "float32"
 ) -> Any:
-    """The weights of the checkpoint `step`, whose shape is `config`, each in its place."""
-    place, stored = step / "params", placing.checked_dtype(dtype)
+    """The weights of the checkpoint `step`, whose shape is `config`, each in its place.
+
+    Raises UserError unless they are those that were saved, to the bit.
+    """
+    place, wanted = step / "params", placing.checked_dtype(dtype)
     refuse_links(place)
-    table = layout.leaves(config)
-    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = {
-        leaf.path: jax.ShapeDtypeStruct(
-            leaf.shape,
-            stored,
-            sharding=default if shardings is None else layout.get(shardings, leaf.path),
-        )
-        for leaf in table
-    }
     handler = ocp.StandardCheckpointHandler()
     try:
-        _check(handler.metadata(place), table, str(place))
-        arguments = ocp.args.StandardRestore(layout.nested(abstract))
-        return on_large_pages(handler.restore(place, args=arguments))
+        found = _checked(handler.metadata(place), layout.leaves(config), str(place))
+        arguments = ocp.args.StandardRestore(layout.nested(_abstract(found, shardings)))
+        params = on_large_pages(handler.restore(place, args=arguments))
     except UserError:
         raise
     except Exception as error:  # whatever a damaged file makes Orbax raise
         raise UserError(f"the checkpoint {step} is damaged: {first_line(error)}") from error
     finally:
         handler.close()
+    stored = describe(step)
+    if stored.get("weights", "") not in ("", fingerprint_of(stored["model"], params)):
+        raise UserError(
+            f"the checkpoint {step} is damaged: its weights are not those it was saved with"
+        )
+    return jax.tree.map(lambda leaf: leaf if leaf.dtype == wanted else leaf.astype(wanted), params)
+
+
+def _abstract(
+    found: Mapping[layout.Path, Any], shardings: Any
+) -> dict[layout.Path, jax.ShapeDtypeStruct]:
+    """Shapes of stored arrays with the places they are to have."""
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def one(path: layout.Path, leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = default if shardings is None else layout.get(shardings, path)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return {path: one(path, leaf) for path, leaf in found.items()}
 
 
 def save(
@@ -96,9 +112,10 @@ def save(
         "format": FORMAT,
         "versions": {"distillspec_jax": distillspec_jax.__version__, "jax": jax.__version__},
     }
+    stored["weights"] = fingerprint(model, params)
     args = ocp.args.Composite(
         params=ocp.args.StandardSave(params),
-        description=ocp.args.JsonSave(json.loads(json.dumps(stored))),
+        description=ocp.args.JsonSave(sealed(json.loads(json.dumps(stored)))),
     )
     with (
         new_folder(Path(workdir)) as temporary,
@@ -107,9 +124,12 @@ def save(
         checkpointer.save(temporary / FOLDER / str(stored["step"]), args=args)
 
 
-def _check(metadata: Any, table: list[layout.Leaf], where: str) -> None:
+def _checked(metadata: Any, table: list[layout.Leaf], where: str) -> dict[layout.Path, Any]:
+    """What is stored, by path, if that is what `table` asks for; else UserError."""
     found = {
-        "/".join(str(key.key) for key in path): leaf
+        tuple(str(key.key) for key in path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(metadata.tree)
     }
-    check_tensors({"/".join(leaf.path): leaf.shape for leaf in table}, found, where)
+    names = {"/".join(path): leaf for path, leaf in found.items()}
+    check_tensors({"/".join(leaf.path): leaf.shape for leaf in table}, names, where)
+    return found

@@ -121,12 +121,13 @@ def chosen_folder(path: Path) -> Path:
     """The checkpoint itself: the folder, or the one of the largest step in it."""
     if (path / FILE).is_file():
         return path
-    return path / f"checkpoint_{max(_steps(path))}"
+    return path / max(_steps(path))[1]
 
 
-def _steps(path: Path) -> list[int]:
+def _steps(path: Path) -> list[tuple[int, str]]:
+    """The step and the name of each checkpoint in a folder."""
     found = (re.fullmatch(r"checkpoint_(\d+)", each.name) for each in path.iterdir())
-    return [int(m[1]) for m in found if m and (path / m[0] / FILE).is_file()]
+    return [(int(m[1]), m[0]) for m in found if m and (path / m[0] / FILE).is_file()]
 
 
 def read_config(path: Path) -> ModelConfig:

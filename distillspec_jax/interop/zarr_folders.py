@@ -74,6 +74,8 @@ def open_array(parent: Path, name: str) -> ZarrArray:
 def _check_chunks(
     folder: Path, shape: list[int], chunks: list[int], dtype: np.dtype, metadata: dict[str, Any]
 ) -> None:
+    if 0 in shape:
+        raise UserError(f"{folder}/.zarray has shape {shape}, which holds nothing")
     if 0 in chunks or math.prod(chunks) * dtype.itemsize > MAX_CHUNK_BYTES:
         raise UserError(f"{folder}/.zarray has chunks of {chunks}, which is absurd")
     counts = [-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True)]

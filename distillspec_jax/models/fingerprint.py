@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +22,13 @@ def fingerprint(model: Transformer, params: Params) -> str:
     The checksums are sums of integers modulo 2^32, on the devices where the parameters are: exact,
     whatever the sharding.
     """
+    return fingerprint_of(model.config.as_stored(), params)
+
+
+def fingerprint_of(shape: Mapping[str, Any], params: Params) -> str:
+    """The same of a stored shape, `ModelConfig.as_stored`."""
     digest = hashlib.sha256()
-    shape = model.config.as_stored() | {"name": ""}
-    digest.update(json.dumps(shape, sort_keys=True).encode())
+    digest.update(json.dumps({**shape, "name": ""}, sort_keys=True).encode())
     sums = jax.device_get(_checksums(params))
     for (path, leaf), pair in zip(jax.tree_util.tree_leaves_with_path(params), sums, strict=True):
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape} {pair}".encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from distillspec_jax.report.runs import Record, Run
 
@@ -12,8 +13,8 @@ class Headline:
     """One temperature of an evaluation, for its last draft.
 
     decoded: its row at the first gamma of the config, which all drafts share.
-    timed: its row of the highest measured speed; None where the clock was off.
-    gains: ratios over the other drafts, in block efficiency and in speed.
+    timed: its row at the tuned gamma, else at the first one; None where the clock was off.
+    gains: ratios over the other drafts, in block efficiency and in speed, of those two rows.
     """
 
     decoded: Record
@@ -38,17 +39,27 @@ def headlines(run: Run) -> list[Headline]:
     for temperature in dict.fromkeys(row["temperature"] for row in rows):
         mine = [row for row in rows if row["temperature"] == temperature]
         size = mine[0].get("batch_size")  # to which predictions and gains belong
-        timed = [r for r in mine if "speedup_wall_clock" in r and r["batch_size"] == size]
+        clocked = [
+            row for row in mine if "speedup_wall_clock" in row and row.get("batch_size") == size
+        ]
         gains = [
             gain
             for gain in run.summary["gains"]
-            if gain["temperature"] == temperature and gain.get("batch_size", size) == size
+            if (gain["name"], gain["temperature"]) == (name, temperature)
+            and gain.get("batch_size", size) == size
         ]
-        fastest = max(timed, key=lambda row: row["speedup_wall_clock"], default=None)
-        gamma = mine[0]["gamma"]
-        shared = [g for g in gains if g["figure"] != "block_efficiency" or g["gamma"] == gamma]
-        found.append(Headline(mine[0], fastest, shared))
+        timed = _timed(clocked, gains)
+        row_of = {"block_efficiency": mine[0], "tokens_per_second": timed or {}}
+        gains = [g for g in gains if g["gamma"] == row_of.get(g["figure"], {}).get("gamma")]
+        found.append(Headline(mine[0], timed, gains))
     return found
+
+
+def _timed(rows: Sequence[Record], gains: Sequence[Record]) -> Record | None:
+    """The row at the tuned gamma, which gains in speed tell; by default the first one."""
+    # never the fastest: that would choose gamma on the prompts of the claim
+    tuned = [gain["gamma"] for gain in gains if gain["figure"] == "tokens_per_second"]
+    return next((row for row in rows if row["gamma"] in tuned), rows[0] if rows else None)
 
 
 def percent(gain: float) -> str:
@@ -83,8 +94,14 @@ def lines(run: Run) -> list[str]:
 
 
 def _over(headline: Headline, figure: str) -> str:
-    gains = [f"{percent(gain['gain'])} over {gain['over']}" for gain in headline.gains_in(figure)]
+    gains = [f"{percent(gain['gain'])} over {_base(gain)}" for gain in headline.gains_in(figure)]
     return f" ({', '.join(gains)})" if gains else ""
+
+
+def _base(gain: Record) -> str:
+    """What a gain is over, and at which gamma where that is another one."""
+    gamma = gain.get("gamma_over", gain["gamma"])
+    return gain["over"] if gamma == gain["gamma"] else f"{gain['over']} at its gamma {gamma}"
 
 
 def _proof(run: Run) -> str:

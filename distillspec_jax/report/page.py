@@ -55,6 +55,7 @@ PARTLY_LOSSLESS = (
     "In rows without a lenience the text is exactly what the target alone would have written, or "
     "has exactly its law; a lenience gives that up."
 )
+DIFFERENT = "Some greedy texts differ from what the target alone wrote: how many is counted below."
 
 
 def page(
@@ -89,10 +90,12 @@ def page(
 
 def _lead(runs: Sequence[Run]) -> str:
     """Claims what the rows of the page claim."""
-    rows = [row for run in runs if run.is_evaluation for row in run.summary["pooled"]]
-    lossless = [row["lossless"] for row in rows]
+    summaries = [run.summary for run in runs if run.is_evaluation]
+    lossless = [row["lossless"] for summary in summaries for row in summary["pooled"]]
     if not any(lossless):
         return LEAD
+    if any(row.get("greedy_mismatches") for summary in summaries for row in summary["drafts"]):
+        return f"{LEAD} {DIFFERENT}"
     return f"{LEAD} {LOSSLESS if all(lossless) else PARTLY_LOSSLESS}"
 
 

@@ -99,7 +99,8 @@ def drafts_table(evaluation: Run) -> Table:
         ],
         note=" ".join(
             [
-                f"{_count(rows, 'num_prompts')} prompts, 95 % intervals {_sampled(rows)}. Block "
+                f"{_count(rows, 'num_prompts')} prompts, 95 % intervals "
+                f"{_sampled(rows, 'prompts')}. Block "
                 "efficiency is tokens per target call, by the real decoder; beside it what the "
                 "target's own texts predict, and the formula for independent acceptances. No "
                 "block is cut by the length limit: the decoder's last one counts whole, and the "
@@ -112,10 +113,10 @@ def drafts_table(evaluation: Run) -> Table:
     )
 
 
-def _sampled(rows: Sequence[Record]) -> str:
+def _sampled(rows: Sequence[Record], units: str) -> str:
     if all(len(row["seeds"]) == 1 for row in rows):
-        return "by bootstrap over prompts; one seed"
-    return "over prompts and seeds"
+        return f"by bootstrap over {units}; one seed"
+    return f"over {units} and seeds"
 
 
 def _draft_sampling(evaluation: Run) -> list[str]:
@@ -176,8 +177,8 @@ def speed_table(evaluation: Run) -> Table:
         ],
         note=(
             f"{_count(rows, 'timed_prompts')} timed prompts, decoders in turns over a few of "
-            "them after a warm-up, the median of the repeats of each batch, intervals by bootstrap "
-            "over batches. "
+            "them after a warm-up, the median of the repeats of each batch, intervals "
+            f"{_sampled(rows, 'batches')}. "
             "c: draft step over target step. v: verifying gamma + 1 positions over a target step. "
             "Predicted: tau / (c gamma + 1), and tau / (c gamma + v)."
         ),

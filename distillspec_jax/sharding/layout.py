@@ -134,11 +134,16 @@ def _global(rows: np.ndarray, share: tuple[int, int], sharding: NamedSharding) -
 
 def check_rows(layout: Layout, batch_size: int, micro_batches: int) -> None:
     """Raises UserError where the mesh does not divide the rows of a micro-batch."""
-    rows, parts = batch_size // micro_batches, layout.row_parts
+    check_row_parts(layout.row_parts, batch_size, micro_batches)
+
+
+def check_row_parts(parts: int, batch_size: int, micro_batches: int) -> None:
+    """The same of a mesh that does not exist yet, by how many parts it splits rows into."""
+    rows = batch_size // micro_batches
     if rows % parts:
         fits = max(n for n in range(1, parts + 1) if rows % n == 0)
         raise UserError(
             f"config.batch_size {batch_size} in {micro_batches} micro-batches gives {rows} rows, "
             f"which {parts} devices (mesh axes data x fsdp) do not divide; data x fsdp = {fits} "
-            f"would, or a batch of {layout.round_up(rows) * micro_batches}"
+            f"would, or a batch of {-(-rows // parts) * parts * micro_batches}"
         )

@@ -41,7 +41,7 @@ def make_mesh(
     Raises UserError if the sizes ask for more devices than there are, or make no sense.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = _sizes(config, len(devices), rows)
+    sizes = axis_sizes(config, len(devices), rows)
     asked, count = _shape([config.data, config.fsdp, config.tensor]), math.prod(sizes)
     if count > len(devices):
         raise UserError(f"mesh {asked} needs {count} devices, there are {len(devices)}")
@@ -54,7 +54,8 @@ def make_mesh(
     return jax.make_mesh(sizes, AXES, axis_types, devices=devices[:count])
 
 
-def _sizes(config: MeshConfig, count: int, rows: int) -> tuple[int, ...]:
+def axis_sizes(config: MeshConfig, count: int, rows: int = 0) -> tuple[int, ...]:
+    """The sizes that `make_mesh` gives the axes on `count` devices; UserError for nonsense."""
     sizes = dataclasses.astuple(config)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(f"mesh {_shape(sizes)}: sizes must be positive, -1 at most once")

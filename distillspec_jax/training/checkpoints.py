@@ -8,7 +8,9 @@ Layout, for readers that want the weights and no training state:
     <workdir>/checkpoints/<step>/description   item of JsonSave: {"model": dataclasses.asdict of
                                                ModelConfig, "vocabulary_fingerprint": str, "step":
                                                int, "best": bool, "format": 1, "versions": {...},
-                                               and what else the run said about itself}
+                                               "weights": their fingerprint, "loop": digest of
+                                               that item, "seal": digest of this one but for
+                                               "best", and what else the run said about itself}
     <workdir>/checkpoints/<step>/training      item of StandardSave: the rest of TrainState, and
                                                checksums of all arrays
     <workdir>/checkpoints/<step>/loop          item of JsonSave: what the loop remembers
@@ -40,12 +42,17 @@ from orbax.checkpoint import checkpoint_managers
 import distillspec_jax
 from distillspec_jax import hosts
 from distillspec_jax.errors import UserError, first_line
+from distillspec_jax.models.fingerprint import fingerprint_of
 from distillspec_jax.run_folders import (
     FOLDER,
     FORMAT,
+    check_digest,
+    digest,
     drop_unfinished_reads,
     mark_best,
     saved_steps,
+    sealed,
+    unsealed,
 )
 from distillspec_jax.training.state import TrainState
 
@@ -116,17 +123,26 @@ class Checkpoints:
         is_behind = size <= SMALL and jax.process_count() == 1
         if is_behind:
             params, training = _copy((params, training))  # the next step takes the state's memory
+        description = self._describe(step, best)
+        file = functools.partial(self._file, params, training, description, dict(memory))
+        if is_behind:
+            self._filing = self._clerk.submit(file)
+        else:
+            with self._told():
+                file()
+
+    def _file(
+        self, params: Any, training: Any, description: dict[str, Any], memory: dict[str, Any]
+    ) -> None:
+        description["weights"] = fingerprint_of(description["model"], params)
+        description["loop"] = digest(memory)
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             training=ocp.args.StandardSave(training),
-            description=ocp.args.JsonSave(self._describe(step, best)),
-            loop=ocp.args.JsonSave(dict(memory)),
+            description=ocp.args.JsonSave(sealed(description)),
+            loop=ocp.args.JsonSave(memory),
         )
-        if is_behind:
-            self._filing = self._clerk.submit(self._manager.save, step, args=args)
-        else:
-            with self._told():
-                self._manager.save(step, args=args)
+        self._manager.save(description["step"], args=args)
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest whole checkpoint in the structure of `state`, and the loop's memory.
@@ -136,7 +152,8 @@ class Checkpoints:
         one before is taken; UserError if all are damaged or if they belong to another run. What
         shows no damage (no memory, a file system that fails) is raised and moves nothing.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        # what another host sees of a shared folder may be older
+        steps = hosts.of_first(sorted(self._manager.all_steps(), reverse=True))
         shapes = _abstract(state)
         if steps:
             for leaf in jax.tree.leaves(state):
@@ -245,7 +262,9 @@ class Checkpoints:
     def _read_step(self, step: int, shapes: TrainState) -> _Read:
         """Reads without a word to other hosts: one that fails here would leave them waiting."""
         place = self._folder / str(step)
-        self._check_identity(step, _json(place / "description"))
+        description, memory = unsealed(_json(place / "description")), _json(place / "loop")
+        self._check_identity(step, description)
+        check_digest(memory, description.get("loop"))
         params, training = _split(shapes)
         sums = (len(jax.tree.leaves((params, training))),)
         training["checksums"] = jax.ShapeDtypeStruct(
@@ -254,7 +273,7 @@ class Checkpoints:
         return (
             _arrays(place / "params", params),
             _arrays(place / "training", training),
-            _json(place / "loop"),
+            memory,
         )
 
     def _check_identity(self, step: int, stored: Mapping[str, Any]) -> None:

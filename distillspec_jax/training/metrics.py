@@ -163,7 +163,7 @@ def drop_records_after(path: Path, step: int, evaluated_step: int | None = None)
     if not path.exists():
         return
     evaluated_step = step if evaluated_step is None else evaluated_step
-    lines = path.read_text("utf-8").splitlines()
+    lines = path.read_text("utf-8", errors="replace").splitlines()
     kept = [line for line in lines if _is_record_until(line, step, evaluated_step)]
     write_text(path, "".join(line + "\n" for line in kept))
 
@@ -172,7 +172,7 @@ def _is_record_until(line: str, step: int, evaluated_step: int) -> bool:
     try:
         record = json.loads(line)
         return record["step"] <= (evaluated_step if record["kind"] == "eval" else step)
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):  # no record that we wrote
         return False
 
 

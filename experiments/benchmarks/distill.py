@@ -1,7 +1,8 @@
 """Distillation beside TRL and torch: seconds a step, by phase, and memory.
 
-Everything of one comparison is timed side by side on the same shapes, batch and lengths, with
-models of fresh weights; no end of sequence is ever written, so every sample has the full length.
+Everything of one comparison is timed side by side on the same shapes and batches, with models of
+fresh weights that never write an end of sequence, so that every sample has the full length; a
+teacher and its draft are trained ones, which end their texts.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from distillspec_jax.data.batch import Batch
 from distillspec_jax.distill import recipes
 from distillspec_jax.distill.step import make_distill_step, make_rollout, make_update
 from distillspec_jax.errors import unknown_name
-from distillspec_jax.evaluation.latency import Timing, side_by_side
+from distillspec_jax.evaluation.latency import Clock, Timing, race, side_by_side
 from distillspec_jax.models.config import ModelConfig, check_dtype
 from distillspec_jax.models.presets import preset
 from distillspec_jax.models.transformer import Transformer, init_params
@@ -67,6 +69,7 @@ class Config:
     teacher_gamma: int = 3
     teacher_batch_sizes: tuple[int, ...] = (4, 16)  # the first gives the headline
     teacher_length: int = 56
+    teacher_batches: int = 32  # each timed `rounds` times, with and without the draft
     utilisation: Pair = Pair(target="t5_base", draft="t5_small", input_length=64)
     compute_dtype: str = "float32"  # or bfloat16, of that part; weights and loss stay in float32
     peak_teraflops: float = 0.0  # of the device; 0: what a product of large matrices reaches
@@ -76,8 +79,9 @@ class Config:
         for part in self.parts:
             if part not in PARTS:
                 raise unknown_name("part", part, PARTS, "config.distill.parts")
-        counts = ("rounds", "chunk", "micro_batches", "teacher_batch_sizes", "product_size")
-        check_least(self, 1, *counts, where="config.distill")
+        counts = ("rounds", "chunk", "micro_batches", "product_size")
+        taught = ("teacher_batch_sizes", "teacher_batches")
+        check_least(self, 1, *counts, *taught, where="config.distill")
         check_least(self, 0, "peak_teraflops", where="config.distill")
         check_dtype(self.compute_dtype, "config.distill.compute_dtype")
 
@@ -166,25 +170,50 @@ def _by_vocabulary(config: Config, seed: int) -> list[Row]:
 
 
 def _teacher(config: Config, seed: int) -> Found:
-    """Texts of a trained target and whole steps on them, by itself and with a draft's help."""
+    """Texts of a trained target and whole steps on them, by itself and with a draft's help.
+
+    Both end their texts where they like, and each way draws its own: so rates in tokens are
+    compared, over many batches, with intervals over these.
+    """
     models = *zoo.load(config.teacher), *zoo.load(config.teacher_draft)
     figures: Row = {}
     rows: list[Row] = []
     for batch_size in config.teacher_batch_sizes:
-        calls = taught(config, *models, _stories(batch_size, seed), seed)
-        timings = side_by_side(calls, repeats=config.rounds, seed=seed)
-        seconds = {name: timing.seconds for name, timing in timings.items()}
+        batches = _stories(batch_size, config.teacher_batches, seed)
+        calls = taught(config, *models, batches[0], seed)
+        clock = race(
+            {name: _on_batches(call) for name, call in calls.items()},
+            batches,
+            batch_size=batch_size,
+            repeats=config.rounds,
+        )
         place = f"_batch{batch_size}" if figures else ""
-        found = {
-            **ratio("teacher_rollout_speedup", seconds["plain"], seconds["with_draft"]),
-            **ratio("teacher_step_speedup", seconds["plain_step"], seconds["step_with_draft"]),
-        }
-        for key, value in found.items():
-            stem, spread, _ = key.partition("_spread")
-            figures[stem + place + spread] = value
+        for key, name, base in (
+            ("teacher_rollout_speedup", "with_draft", "plain"),
+            ("teacher_step_speedup", "step_with_draft", "plain_step"),
+        ):
+            figures |= clock.speedup([name], [base]).keys(key + place)
         shapes = {"batch_size": batch_size, "gamma": config.teacher_gamma}
-        rows += [{**_times(name, timing), **shapes} for name, timing in timings.items()]
+        rows += [{**_rates(name, clock), **shapes} for name in calls]
     return figures, rows
+
+
+def _on_batches(call: functools.partial[Any]) -> Callable[[Batch], tuple[Any, Any]]:
+    """batch -> what `call`, bound to another batch, makes of it, and the tokens written."""
+    state, target_params, _ = call.args
+    return lambda batch: call.func(state, target_params, batch)
+
+
+def _rates(name: str, clock: Clock) -> Row:
+    seconds = clock.seconds[name]
+    return {
+        "name": name,
+        "seconds": float(np.median(seconds)),
+        "seconds_spread": [float(seconds.min()), float(seconds.max())],
+        "tokens": int(clock.tokens[name].sum()),
+        **clock.tokens_per_second([name]).keys("tokens_per_second"),
+        "first_call_seconds": clock.compile_seconds[name] + float(seconds[0]),
+    }
 
 
 def taught(
@@ -198,16 +227,25 @@ def taught(
 ) -> dict[str, Any]:
     """Rollouts and steps from one state, which every call finds as it was.
 
-    Each is a compiled function bound to its arguments; parameters and batch may be shapes.
+    Each is a compiled function bound to its arguments, which gives what it made and the tokens it
+    wrote; parameters and batch may be shapes.
     """
     rule = make_optimizer(OPTIMIZER, 1_000)
     create = functools.partial(TrainState.create, optimizer=rule, seed=seed)
     is_shape = isinstance(batch.inputs, jax.ShapeDtypeStruct)
     state = jax.eval_shape(create, draft_params) if is_shape else create(draft_params)
 
+    def counted(batch: Batch) -> jax.Array:
+        return jnp.sum(batch.targets != draft.config.pad_id)
+
     def writer(gamma: int) -> functools.partial[Any]:
         recipe = recipes.named("seqkd", teacher_gamma=gamma)  # its loss asks the target nothing
-        write = make_rollout(draft, target, recipe, rollout_length=config.teacher_length)
+        rollout = make_rollout(draft, target, recipe, rollout_length=config.teacher_length)
+
+        def write(state: TrainState, target_params: Any, batch: Batch) -> Any:
+            written = rollout(state, target_params, batch)
+            return written, counted(written[0])
+
         return functools.partial(jax.jit(write), state, target_params, batch)
 
     def stepper(gamma: int) -> functools.partial[Any]:
@@ -216,7 +254,8 @@ def taught(
         update = make_update(draft, target, recipe, rule)
 
         def step(state: TrainState, target_params: Any, batch: Batch) -> Any:
-            return update(state, target_params, write(state, target_params, batch)[0])
+            written, _ = write(state, target_params, batch)
+            return update(state, target_params, written), counted(written)
 
         return functools.partial(jax.jit(step), state, target_params, batch)
 
@@ -229,11 +268,11 @@ def taught(
     }
 
 
-def _stories(batch_size: int, seed: int) -> Batch:
+def _stories(batch_size: int, count: int, seed: int) -> list[Batch]:
     from distillspec_jax.data.tasks import TaskConfig, load_task
 
     batches = load_task(TaskConfig()).batches("train", batch_size=batch_size, seed=seed)
-    return jax.tree.map(jnp.asarray, next(batches))
+    return [jax.tree.map(jnp.asarray, batch) for batch in itertools.islice(batches, count)]
 
 
 def _utilisation(config: Config, seed: int) -> Found:

@@ -58,9 +58,8 @@ def test_a_pod_gets_the_commit_and_the_flags_on_all_workers():
     done = run("tpu_pod.sh", "--dry-run", "my-v5e", "us-west4-a", "distill", *FLAGS)
     assert done.returncode == 0, done.stderr
     archive, copy, command = done.stdout.split("\n", 2)
-    assert archive.startswith("git archive --output=")
-    assert archive.endswith("/distillspec_jax.tar.gz HEAD")
-    assert copy.startswith("gcloud compute tpus tpu-vm scp ")
+    path = re.fullmatch(r"git archive --output=(\S+\.tar\.gz) HEAD", archive)[1]
+    assert copy.startswith(f"gcloud compute tpus tpu-vm scp {path} ")
     assert copy.endswith("my-v5e: --zone=us-west4-a --worker=all")
     assert command.startswith(
         "gcloud compute tpus tpu-vm ssh my-v5e --zone=us-west4-a --worker=all"
@@ -77,11 +76,47 @@ def test_the_command_of_a_pod_is_shell():
     assert checked.returncode == 0, checked.stderr
 
 
+def test_an_entrypoint_of_a_pod_without_flags_gets_none():
+    done = run("tpu_pod.sh", "--dry-run", "my-v5e", "us-west4-a", "evaluate")
+    assert done.stdout.endswith(" -m experiments.evaluate\n")
+
+
+# Stands in for git and gcloud: makes the archive, and notes what is there when it is sent.
+SENDER = """#!/usr/bin/env bash
+case "$1" in
+  archive) echo "the commit" >"${2#--output=}" ;;
+  *) echo "$*"; for word in "$@"; do if [ -f "$word" ]; then cat "$word"; fi; done ;;
+esac
+if [ "${4:-}" = "${FAIL:-none}" ]; then exit 7; fi
+"""
+
+
+@pytest.mark.parametrize(("fail", "code"), [("", 0), ("scp", 7)])
+def test_launches_of_pods_do_not_share_an_archive_and_leave_none(tmp_path, fail, code):
+    for name in ("git", "gcloud"):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(SENDER)
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "tmp").mkdir()
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    names = set()
+    for _ in range(2):
+        variables = {"PATH": path, "TMPDIR": str(tmp_path / "tmp"), "FAIL": fail}
+        done = run("tpu_pod.sh", "pod", "zone", "distill", **variables)
+        assert done.returncode == code, done.stderr
+        assert "\nthe commit\n" in done.stdout
+        sent = re.search(r"scp \S+/(\S+\.tar\.gz) pod: ", done.stdout)[1]
+        assert fail or f"tar -xzf ../{sent}\n  rm ../{sent}\n" in done.stdout
+        names.add(sent)
+    assert len(names) == 2
+    assert os.listdir(tmp_path / "tmp") == []
+
+
 def test_slurm_starts_one_process_per_gpu_with_the_flags():
     done = run("slurm.sbatch", "--dry-run", "distill", *FLAGS, DISTILLSPEC_VENV="/venv")
     assert done.returncode == 0, done.stderr
-    expected = "srun --kill-on-bad-exit=1 /venv/bin/python -m experiments.distill "
-    assert done.stdout.strip() == expected + " ".join(FLAGS)
+    expected = "srun --kill-on-bad-exit=1 /venv/bin/python -m experiments.distill"
+    assert shlex.split(done.stdout) == [*expected.split(), *FLAGS]
     options = re.findall(
         r"^#SBATCH --([a-z-]+)=?(\S*)", (ROOT / "launch/slurm.sbatch").read_text(), re.M
     )
@@ -117,12 +152,12 @@ def test_missing_arguments_are_refused(script, arguments):
 
 
 def test_local_hosts_prints_what_it_would_run(venv):
-    done = run("local_hosts.sh", "--dry-run", "3", "distill", "--a=b", DISTILLSPEC_VENV=venv)
+    done = run("local_hosts.sh", "--dry-run", "3", "distill", *FLAGS, DISTILLSPEC_VENV=venv)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 3
     assert "DISTILLSPEC_HOSTS=3 DISTILLSPEC_HOST=2" in lines[2]
-    assert all(line.endswith("-m experiments.distill --a=b") for line in lines)
+    assert all(shlex.split(line)[-5:] == ["-m", "experiments.distill", *FLAGS] for line in lines)
 
 
 def test_local_hosts_are_marked_and_meet_at_one_address(venv):

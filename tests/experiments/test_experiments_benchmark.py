@@ -13,7 +13,7 @@ from distillspec_jax.evaluation.latency import DRAFT_STEP, TARGET_STEP, Clock, T
 from distillspec_jax.models.presets import preset
 from distillspec_jax.models.transformer import Transformer, init_params
 from experiments import benchmark
-from experiments.benchmarks import decode, decode_drafted, decode_plain
+from experiments.benchmarks import decode, decode_drafted, decode_plain, decode_products
 from experiments.benchmarks.decode import Config
 
 PLAIN = Config(
@@ -123,6 +123,14 @@ def test_products_are_timed_for_every_shape_and_number_of_rows():
     for row in records:
         rate = row["kernel_gigabytes_per_second"] * row["kernel_seconds"]
         assert rate == pytest.approx(row["megabytes"] / 1e3)
+
+
+def test_the_kernel_s_ratio_is_the_time_of_xla_over_its_own(monkeypatch):
+    timings = {"xla": Timing(np.array([6.0, 8.0]), 9.0), "kernel": Timing(np.full(2, 2.0), 9.0)}
+    monkeypatch.setattr(decode_products, "side_by_side", lambda *_, **__: timings)
+    row = decode_products._timed(PLAIN, 3, [np.ones((4, 3), np.float32)], 2)
+    assert row[decode_products.RATIO] == 3.5
+    assert row[f"{decode_products.RATIO}_spread"] == [3, 4]
 
 
 def test_the_weights_of_a_step():

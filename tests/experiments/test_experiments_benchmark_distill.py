@@ -10,7 +10,7 @@ from distillspec_jax.data.batch import Batch
 from distillspec_jax.distill import divergences
 from distillspec_jax.distill.step import make_update
 from distillspec_jax.errors import UserError
-from distillspec_jax.evaluation.latency import Timing
+from distillspec_jax.evaluation.latency import Clock, Timing
 from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.models.presets import preset
 from distillspec_jax.models.transformer import Transformer, init_params
@@ -236,6 +236,7 @@ def taught(models, *batch_sizes):
         teacher_draft=str(models / "draft"),
         teacher_batch_sizes=batch_sizes,
         teacher_length=4,
+        teacher_batches=3,
     )
     return distill.measure(config, seed=3)
 
@@ -243,22 +244,40 @@ def taught(models, *batch_sizes):
 def test_the_teacher_with_and_without_a_draft(models):
     summary, records = taught(models, 2)
     assert [(row["name"], row["batch_size"]) for row in records] == [(name, 2) for name in TAUGHT]
-    seconds = [row["seconds"] for row in records]
-    assert summary["teacher_rollout_speedup"] == pytest.approx(seconds[0] / seconds[1])
-    assert summary["teacher_step_speedup"] == pytest.approx(seconds[2] / seconds[3])
+    rates = [row["tokens_per_second"] for row in records]
+    assert summary["teacher_rollout_speedup"] == pytest.approx(rates[1] / rates[0])
+    assert summary["teacher_step_speedup"] == pytest.approx(rates[3] / rates[2])
+    assert all(8 < row["tokens"] <= 3 * 2 * 4 for row in records)  # of all three batches
 
 
-def test_the_first_batch_size_gives_the_headline(models, monkeypatch):
-    def timed(calls, **_):
-        seconds = {"plain": 8.0, "with_draft": 4.0, "plain_step": 9.0, "step_with_draft": 3.0}
-        return {name: Timing(np.array([seconds[name]]), 0.0) for name in calls}
+def test_the_teacher_s_rates_are_of_the_tokens_that_each_way_wrote(models, monkeypatch):
+    """A way that draws shorter texts is not the faster one for it."""
 
-    monkeypatch.setattr(distill, "side_by_side", timed)
+    def timed(decoders, batches, **_):
+        assert (
+            len(
+                {
+                    batch.example_ids.tobytes()
+                    for batch in (jax.tree.map(np.asarray, each) for each in batches)
+                }
+            )
+            == 3
+        )
+        seconds = {"plain": 8.0, "with_draft": 2.0, "plain_step": 9.0, "step_with_draft": 3.0}
+        tokens = {"plain": 4, "with_draft": 2, "plain_step": 3, "step_with_draft": 3}
+        return Clock(
+            {name: np.full(3, seconds[name]) for name in decoders},
+            {name: np.full(3, tokens[name]) for name in decoders},
+            dict.fromkeys(decoders, 0.0),
+            dict.fromkeys(decoders, 0.0),
+        )
+
+    monkeypatch.setattr(distill, "race", timed)
     summary, records = taught(models, 1, 5)
     assert [row["batch_size"] for row in records] == [1] * 4 + [5] * 4
     expected = {"rollout_speedup": 2.0, "step_speedup": 3.0}
     for key, value in expected.items():
         for place in ("", "_batch5"):
             assert summary.pop(f"teacher_{key}{place}") == value
-            assert summary.pop(f"teacher_{key}{place}_spread") == [value] * 2
+            assert summary.pop(f"teacher_{key}{place}_ci95") == [value] * 2
     assert not {key for key in summary if key.startswith("teacher_")}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -165,6 +166,9 @@ def test_a_read_only_workdir_is_one_sentence_and_code_2(call, tmp_path, folder):
         (["--config=CONFIG", "--config.stesp=3"], "did you mean 'config.steps'"),
         (["--config=CONFIG", "--config.inner.raet=3"], "did you mean 'config.inner.rate'"),
         (["--config=CONFIG", "--config.iner.rate=3"], "did you mean 'config.inner'"),
+        (["--config=CONFIG", "--config."], "unknown config key 'config.'; known: config.flag"),
+        (["--config=CONFIG", "--config.=3"], "unknown config key 'config.'; known: config.flag"),
+        (["--config=CONFIG", "--config.inner.=3"], "unknown config key 'config.inner.'; known"),
         (["--config=CONFIG", "--config.steps.more=3"], "config.steps is a single value"),
         (["--config=CONFIG", "--config.steps=many"], "config.steps=many"),
         (["--config=CONFIG", "--config.inner.rate=fast"], "config.inner.rate=fast"),
@@ -180,6 +184,15 @@ def test_bad_flags_are_one_sentence_and_code_2(call, tmp_path, arguments, words)
     assert err.count("\n") == 1
     assert words in err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("memory", ["nan", "inf", "-inf", "0", "-3"])
+def test_a_memory_that_no_device_has_is_refused(call, memory):
+    code, out, err = call("--config=CONFIG", "--plan", f"--device_memory_gib={memory}")
+    assert (code, out) == (2, "")
+    assert err == (
+        f"error: --device_memory_gib is {float(memory)}, must be a finite number above 0\n"
+    )
 
 
 def test_missing_workdir_is_told(call):
@@ -295,6 +308,18 @@ def test_compilation_cache_is_below_the_users_cache_folder(tmp_path, monkeypatch
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "distillspec_jax" / "xla")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_user_without_a_home_has_no_compilation_cache(monkeypatch):
+    def getpwuid(uid):
+        raise KeyError(f"uid not found: {uid}")
+
+    before = jax.config.jax_compilation_cache_dir
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", getpwuid)
+    door._enable_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == before
 
 
 def test_a_real_process_leaves_with_code_2(tmp_path):

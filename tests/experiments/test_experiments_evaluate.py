@@ -15,7 +15,7 @@ from distillspec_jax.decoding.lenience import Lenience
 from distillspec_jax.evaluation import latency
 from distillspec_jax.report import figures, page, runs, tables
 from experiments import cell_tables, evaluate, measuring
-from experiments.bench import Setting, open_bench
+from experiments.bench import Runner, Setting, open_bench
 from experiments.evaluate import DraftConfig, EvaluateConfig
 
 FIXED = (
@@ -271,6 +271,57 @@ def test_the_gamma_that_is_timed_is_the_tuner_s_choice(config, monkeypatch, tmp_
         assert tune(curve, draft_step, {1: 1.0, 5: 1.0}).gamma == expected
 
 
+def test_gamma_is_never_chosen_on_the_prompts_of_the_claim(config, monkeypatch):
+    seen = []
+
+    class TunedError(Exception):
+        pass
+
+    class Spy(Runner):
+        def plain(self, prompts, *arguments):
+            seen.append(prompts)
+            return super().plain(prompts, *arguments)
+
+        def along(self, prompts, *arguments):
+            seen.append(prompts)
+            return super().along(prompts, *arguments)
+
+    def decode(*_):
+        raise TunedError
+
+    changed = dataclasses.replace(config, temperatures=(0.0,), drafts=config.drafts[:1])
+    bench = open_bench(changed, load_task(changed.task))
+    costs = latency.StepCosts(0.1, 1.0, {2: 1.0, 3: 1.0})
+    monkeypatch.setattr(latency, "step_costs", lambda *_: costs)
+    monkeypatch.setattr(measuring, "Runner", Spy)
+    monkeypatch.setattr(measuring, "_decode", decode)
+    with pytest.raises(TunedError):
+        measuring.measure(bench)
+    assert len(seen) == 2
+    assert all(prompts is bench.tuning_prompts for prompts in seen)
+
+
+def test_gains_in_speed_compare_each_draft_at_its_own_gamma():
+    chosen = {("base", 0.0): 3, ("best", 0.0): 5}
+    rates = {("base", 3): 2.0, ("base", 5): 1.0, ("best", 3): 7.0, ("best", 5): 5.0}
+    names = {key: measuring._entrant(Setting(key[0], 0.0, key[1]), 1) for key in rates}
+    clock = latency.Clock(
+        seconds={name: np.ones(6) for name in names.values()},
+        tokens={names[key]: np.full(6, rate) for key, rate in rates.items()},
+        spread={},
+        compile_seconds={},
+        batch_size=8,
+    )
+    seeds = [SimpleNamespace(config=SimpleNamespace(seed=1))]
+    bench = SimpleNamespace(
+        names=["base", "best"], lossless_temperatures=[0.0], seeds=lambda name: seeds
+    )
+    [gain] = measuring._gains_in_speed(bench, chosen, clock)
+    assert gain["gain"] == 2.5
+    assert (gain["gamma"], gain["gamma_over"]) == (5, 3)
+    assert gain["num_prompts"] == 6 * 8  # not the batches
+
+
 def test_each_batch_size_has_a_gamma_of_its_own(config, monkeypatch, tmp_path):
     """Of a single row blocks are cheap to verify, of two rows they are dear."""
     changed = dataclasses.replace(
@@ -317,6 +368,9 @@ def test_each_batch_size_has_the_costs_and_the_clock_of_its_own(config, monkeypa
     assert [row["cost_ratio"] for row in rows] == [0.1, 0.2]
     tau = rows[1]["block_efficiency"]
     assert rows[1]["speedup_predicted"] == pytest.approx(tau / (3 * 0.2 + 1))
+    records = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    # figures draw curves beside the rows of the first size
+    assert {row["cost_ratio"] for row in records if row["kind"] == "curve"} == {0.1}
 
 
 def test_gains_are_of_lossless_rows_alone(config, tmp_path):

@@ -262,10 +262,14 @@ MEETING = """
 import pathlib, sys, time
 import jax
 from distillspec_jax import hosts
+from distillspec_jax.errors import UserError
 from experiments import door
 
 def late(host):
     time.sleep(90 * (jax.process_index() == host))
+
+def bad():
+    raise UserError("bad \u2713")
 
 def split():
     mesh = jax.make_mesh((2,), ("data",))
@@ -369,36 +373,95 @@ def test_a_host_that_does_not_come_is_named(environment, config_file, tmp_path):
     assert "error: hosts 1, 2 of 3 did not come within 2 seconds" in done.stderr
 
 
-def test_hosts_with_folders_of_their_own_are_told(environment, config_file, tmp_path):
-    port, config = free_port(), config_file("distill")
-    (tmp_path / "1" / hosts.ARRIVALS).mkdir(parents=True)
-    (tmp_path / "1" / hosts.ARRIVALS / hosts.SHARED).write_text(
-        ""
-    )  # left by a start that was ended
+@pytest.fixture
+def start_apart(environment):
+    """Starts two hosts of `distill`, each with flags of its own and in a folder of its own."""
     started = []
-    for host in range(2):
-        variables = environment(
-            1,
-            DISTILLSPEC_HOSTS="2",
-            DISTILLSPEC_HOST=str(host),
-            JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
-            DISTILLSPEC_HOSTS_TIMEOUT="10",
-        )
-        arguments = [f"--config={config}", f"--workdir={tmp_path / str(host)}"]
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "experiments.distill", *arguments],
-                cwd=ROOT,
-                env=variables,
-                stderr=subprocess.PIPE,
-                text=True,
+
+    def start_apart(flags, folders=(ROOT, ROOT), **more):
+        port = free_port()
+        for host in range(2):
+            variables = environment(
+                1,
+                DISTILLSPEC_HOSTS="2",
+                DISTILLSPEC_HOST=str(host),
+                JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
+                PYTHONPATH=str(ROOT),
+                **more,
             )
-        )
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "experiments.distill", *flags[host]],
+                    cwd=folders[host],
+                    env=variables,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        return started
+
+    yield start_apart
+    for job in started:
+        job.kill()
+        job.communicate()
+
+
+def test_hosts_with_folders_of_their_own_are_told(start_apart, config_file, tmp_path):
+    (tmp_path / "1" / hosts.ARRIVALS).mkdir(parents=True)
+    left = tmp_path / "1" / hosts.ARRIVALS / hosts.SHARED
+    left.write_text("")  # by a start that was ended
+    config = f"--config={config_file('distill')}"
+    flags = [[config, f"--workdir={tmp_path / str(host)}"] for host in range(2)]
+    started = start_apart(flags, DISTILLSPEC_HOSTS_TIMEOUT="10")
     for host, job in enumerate(started):
         _, err = job.communicate(timeout=100)
         assert job.returncode == 2, err
         assert f"error: --workdir={tmp_path / str(host)} is not one folder that all" in err
         assert [path.name for path in (tmp_path / str(host)).iterdir()] == [hosts.ARRIVALS]
+
+
+def test_hosts_that_would_not_do_the_same_are_told(start_apart, config_file, tmp_path):
+    """They would wait for each other for ever, or train on two orders of the data."""
+    both = [f"--config={config_file('distill', mesh={'data': 2})}", f"--workdir={tmp_path / 'run'}"]
+    for job in start_apart([both, [*both, "--config.seed=4"]]):
+        _, err = job.communicate(timeout=100)
+        assert job.returncode == 2, err
+        assert "started alike: config.seed is 3 on host 0 and 4 on host 1; start all with" in err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [hosts.ARRIVALS]
+
+
+def test_hosts_with_other_data_behind_a_path_are_told(start_apart, config_file, stories, tmp_path):
+    lines = (stories / "train.jsonl").read_text().splitlines(keepends=True)
+    folders = [tmp_path / "here", tmp_path / "there"]
+    for count, folder in enumerate(folders):
+        folder.mkdir()
+        (folder / "train.jsonl").write_text("".join(lines[count:]))
+    changes = {"mesh": {"data": 2}, "task__train_file": "train.jsonl"}
+    flags = [f"--config={config_file('distill', **changes)}", f"--workdir={tmp_path / 'run'}"]
+    for job in start_apart([flags, flags], folders):
+        _, err = job.communicate(timeout=200)
+        assert job.returncode == 2, err
+        assert "started alike: sources.data of 'train' is " in err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [hosts.ARRIVALS]
+
+
+def test_an_error_of_the_first_host_is_of_its_kind_on_all(meet):
+    """A fault of the file system may pass, bad input does not: jobs are started again by that."""
+    told = "print(type(e).__name__, e.args[0], e.filename, flush=True)"
+    then = f"""
+    try: hosts.on_first(lambda: open("/dev/null/nothing"))
+    except OSError as e: {told}
+    try: hosts.on_first(bad)
+    except UserError as e: print(type(e).__name__, e, flush=True)
+    print(hosts.of_first(jax.process_index() + 7), flush=True)
+    """
+    for job in meet(then, limit=20):
+        out, _ = job.communicate(timeout=60)
+        assert job.returncode == 0, out
+        *_, system, user, first = out.splitlines()
+        assert system == "NotADirectoryError 20 /dev/null/nothing"
+        assert (user, first) == ("UserError bad \u2713", "7")
 
 
 def test_a_file_is_no_workdir_of_several_hosts(tmp_path):
@@ -569,7 +632,10 @@ def test_a_value_error_is_a_loss_if_it_is_gloo_s(monkeypatch, capsys, text, code
         {"DISTILLSPEC_HOSTS": "2"},
         {"DISTILLSPEC_HOSTS": "2", "DISTILLSPEC_HOST": "1"},
         {"DISTILLSPEC_HOSTS": "2", "DISTILLSPEC_HOST": "2", "JAX_COORDINATOR_ADDRESS": "a:1"},
+        {"DISTILLSPEC_HOSTS": "2", "DISTILLSPEC_HOST": "1", "JAX_COORDINATOR_ADDRESS": "a"},
+        {"DISTILLSPEC_HOSTS": "2", "DISTILLSPEC_HOST": "1", "JAX_COORDINATOR_ADDRESS": "a:b"},
         {"DISTILLSPEC_HOSTS": "auto", "DISTILLSPEC_HOSTS_TIMEOUT": "soon"},
+        {"DISTILLSPEC_HOSTS": "auto", "DISTILLSPEC_HOSTS_TIMEOUT": "99999999999"},
     ],
 )
 def test_an_environment_that_makes_no_sense_is_refused(tmp_path, variables):

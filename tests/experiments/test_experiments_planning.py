@@ -206,6 +206,23 @@ def test_a_plan_takes_no_accelerator(monkeypatch, sizes, count):
     assert settings == {"jax_platforms": "cpu", **devices}
 
 
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ((4000, 1, 1), "batch_size 8 in 1 micro-batches gives 8 rows, which 4000 devices"),
+        ((2, 8, 1), "which 16 devices .* do not divide; data x fsdp = 8 would, or a batch of 16"),
+        ((-1, -1, 4000), "data -1 x fsdp -1 x tensor 4000: sizes must be positive, -1 at most"),
+        ((-2, -2000, 1), "sizes must be positive"),
+    ],
+)
+def test_a_mesh_is_refused_before_its_devices_are_made(config, monkeypatch, sizes, words):
+    """Thousands of them take seconds and gigabytes."""
+    monkeypatch.setattr(planning, "make_virtual_devices", lambda mesh: pytest.fail("made"))
+    config = dataclasses.replace(config, mesh=MeshConfig(*sizes))
+    with pytest.raises(UserError, match=words):
+        planning.planner(distill.prepare, planning.trial)(config, None)
+
+
 def test_a_mesh_that_does_not_divide_the_heads_is_refused(config):
     config = dataclasses.replace(config, mesh=MeshConfig(1, 1, 4))
     with pytest.raises(UserError, match=r"'tensor' = 4 does not divide num_heads = 2"):

@@ -125,7 +125,7 @@ def test_what_a_target_teaches_is_planned_as_it_is_timed(learning, taught):
     task = load_task(TaskConfig())
     target, draft = load(taught.teacher, task), load(taught.teacher_draft, task)
     models = target.model, target.params, draft.model, draft.params
-    calls = distilling.taught(taught, *models, distilling._stories(2, 0), 0)
+    calls = distilling.taught(taught, *models, distilling._stories(2, 1, 0)[0], 0)
     assert [program.name for program in learning["teacher"].programs] == list(calls)
     for program, call in zip(learning["teacher"].programs, calls.values(), strict=True):
         assert program.lowered.as_text() == call.func.lower(*call.args).as_text()

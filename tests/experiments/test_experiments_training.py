@@ -100,6 +100,16 @@ def test_finetune_learns_and_leaves_what_it_promises(run, tmp_path):
     assert card["model"]["name"] == "draft"
 
 
+def test_a_finished_run_that_goes_on_is_finished_no_more(run, tmp_path, monkeypatch):
+    assert run("finetune", "--config.steps=2")[0] is None
+    assert summary(tmp_path / "run")["steps"] == 2
+    stop_after(2, monkeypatch)
+    assert run("finetune", "--config.steps=2")[0] is None  # nothing left to do, said again
+    assert summary(tmp_path / "run")["ended"] == "finished"
+    assert run("finetune", "--config.steps=50")[0] == 143
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
 @pytest.mark.parametrize(
     ("kind", "overrides"),
     [

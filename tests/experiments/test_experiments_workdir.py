@@ -129,9 +129,10 @@ def test_a_file_is_no_folder(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b'{"steps": ', r"config\.json is not JSON"),
-        (b"\xff\xfe\x00", r"config\.json is not JSON"),
-        (b"[]", r"config\.json is not that of a run: it holds no object with the key"),
+        (b'{"steps": ', r"config\.json is not valid JSON \(Expecting value\); choose an empty"),
+        (b"[" * 200_000, r"config\.json is not valid JSON \(nested too deeply\); choose"),
+        (b"\xff\xfe\x00", r"config\.json is not UTF-8 text; choose"),
+        (b"[]", r"config\.json is not a JSON object but a list; choose"),
         (b'{"model_type": "t5"}', r"is not that of a run: .*; choose an empty or a new folder"),
     ],
 )
@@ -143,6 +144,26 @@ def test_a_config_json_that_is_no_run_s_is_told_and_kept(tmp_path, content, word
     with pytest.raises(UserError, match=words):
         start(tmp_path)
     assert (tmp_path / "config.json").read_bytes() == content
+
+
+def make_folder(path):
+    (path / "config.json").mkdir(parents=True)  # as the folder of a run has
+
+
+@pytest.mark.parametrize("name", ["config.json", ".lock"])
+@pytest.mark.parametrize(
+    "make", [Path.mkdir, make_folder, os.mkfifo, lambda path: path.symlink_to("nowhere")]
+)
+def test_what_has_the_name_of_a_file_of_a_run_and_is_none_is_told(tmp_path, name, make):
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=rf"/{name} is not a file; choose an empty or a new folder"):
+        start(tmp_path)
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_path_that_no_folder_can_have_is_told(tmp_path):
+    with pytest.raises(UserError, match=r"--workdir='.*a\\x00b' has a NUL byte, no path can"):
+        start(tmp_path / "a\0b")
 
 
 def test_a_second_job_is_refused_until_the_first_ends(tmp_path):

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from distillspec_jax import zoo
 from distillspec_jax.errors import UserError
-from distillspec_jax.interop import huggingface
+from distillspec_jax.interop import folders, huggingface, msgpack_files
 from distillspec_jax.interop.msgpack_files import MsgpackFile
 
 MUTATIONS = 4000
@@ -202,6 +202,13 @@ def test_a_model_dir_means_its_newest_checkpoint(tmp_path):
     np.testing.assert_array_equal(found, parameters(seed=10)["token_embedder/embedding"])
 
 
+def test_a_step_may_be_written_with_leading_zeros(tmp_path):
+    for name in ("checkpoint_0100", "checkpoint_99"):
+        write_zarr(tmp_path / name, parameters(seed=int(name[-2:])))
+    found = zoo.load(tmp_path)[1]["embedding"]
+    np.testing.assert_array_equal(found, parameters(seed=0)["token_embedder/embedding"])
+
+
 def test_gin_tells_the_activation_and_must_agree(tmp_path):
     write_zarr(tmp_path / "checkpoint_1", parameters())
     gin = tmp_path / "config.gin"
@@ -363,9 +370,16 @@ def test_a_folder_that_lies_is_refused(tmp_path):
     check(metadata(shape=[2**40, 2**40]), "chunks, which is absurd")
     check(metadata(chunks=[2**40, 2**40]), "which is absurd")
     check(metadata(chunks=[0, 3]), r"chunks of \[0, 3\]")
+    check(metadata(shape=[0, 2**26]), r"shape \[0, 67108864\], which holds nothing")
     check(metadata(dtype="|O"), "dtype '|O', supported are")
     check(metadata(shape="x"), "no sound shape and chunks")
     check(metadata(dimension_separator="/"), "separates chunks by")
+
+
+def test_a_json_file_that_is_absurdly_large_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "MAX_JSON_BYTES", 100)  # the files of TensorStore have more
+    write_zarr(tmp_path / "c", parameters())
+    refused(tmp_path / "c", r"\.zarray is larger than 100 bytes, no \.zarray is")
 
 
 def test_a_spec_cannot_name_a_place_outside(tmp_path):
@@ -406,6 +420,20 @@ def test_files_that_are_no_checkpoint(tmp_path):
         refused(tmp_path / "x", message)
 
 
+def test_entries_are_counted_over_all_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(msgpack_files, "MAX_ITEMS", 100)
+    (tmp_path / "x").write_bytes(msgpack.packb([list(range(60)), list(range(60))]))
+    refused(tmp_path / "x", "has too many entries")
+
+
+@pytest.mark.parametrize("place", ["shape", "dtype"])
+def test_arrays_in_what_describes_an_array_are_refused(tmp_path, place):
+    """Ten thousand of them, each in the shape or in the dtype of the one around it."""
+    start = b"\x93" if place == "shape" else b"\x93\x90"
+    (tmp_path / "x").write_bytes((b"\xd4\x01" + start) * 10_000)
+    refused(tmp_path / "x", "nested too deeply")
+
+
 def test_an_array_that_lies_about_itself_is_refused(tmp_path):
     for shape, dtype, size, message in (
         ([3], "float32", 8, "needs 12 bytes, has 8"),
@@ -413,6 +441,8 @@ def test_an_array_that_lies_about_itself_is_refused(tmp_path):
         ([-1], "float32", 8, "has shape"),
         ([2], "object", 8, "dtype 'object'"),
         ("x", "float32", 8, "has shape"),
+        ([2**62] * 3000, "float32", 8, r"has shape \[4611686018427387904, .{,80}$"),
+        ([2**62] * 8, "float32", 8, r"shape \[4611686018427387904, .{,60} needs \d+ bytes, has 8"),
     ):
         inner = msgpack.packb((shape, dtype, b"\0" * size))
         data = msgpack.packb({"optimizer": {"target": {"a": msgpack.ExtType(1, inner)}}})

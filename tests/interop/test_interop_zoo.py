@@ -226,10 +226,30 @@ def test_damaged_runs_are_refused(tmp_path, tiny):
         stored = json.loads((step / text).read_text())
         stored["model"]["d_ff"] = 9
         (step / text).write_text(json.dumps(stored))
+        refused(step, "is damaged: its texts are not those that were saved")
+        del stored["seal"]
+        (step / text).write_text(json.dumps(stored))
 
     refused(damaged(other_shape), "has shape .* its config asks for")
     run = damaged(lambda step: (step / text).write_text("[" * 10**5))
     refused(run / "checkpoints" / "0", "description cannot be read")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_flipped_bits_of_weights_are_refused_or_harmless(tmp_path):
+    model, params = zoo.load("cpu_draft")
+    orbax.save(model, params, tmp_path / "run", {})
+    place = tmp_path / "run" / "checkpoints" / "0" / "params"
+    file = max(place.glob("ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
+    content, rng, noticed = file.read_bytes(), np.random.default_rng(0), 0
+    for at in rng.integers(len(content), size=8):
+        flipped = content[at] ^ 1 << int(rng.integers(8))
+        file.write_bytes(content[:at] + bytes([flipped]) + content[at + 1 :])
+        try:
+            assert_same(zoo.load(tmp_path / "run")[1], params)
+        except UserError as error:
+            noticed += "is damaged" in str(error)
+    assert noticed > 5
 
 
 @pytest.mark.parametrize("linked", ["params", "params/d", "description", "description/metadata"])

@@ -9,6 +9,7 @@ import pytest
 from distillspec_jax.distill.recipes import RECIPES
 
 NAMES = ("finetuned", "control", "distilled")
+TUNED = {"finetuned": 4, "control": 5, "distilled": 5}
 VERSIONS = {
     "jax_version": "0.10.2",
     "flax_version": "0.12.8",
@@ -62,10 +63,11 @@ def row(name, temperature, gamma, seeds=(0,)):
 
 def gain(figure, over, temperature, value):
     gains = {"figure": figure, "name": "distilled", "over": over, "temperature": temperature}
-    gains |= with_interval("gain", value, 0.02) | {"num_prompts": 500, "gamma": 7}
+    gains |= with_interval("gain", value, 0.02)
     if figure == "block_efficiency":
-        return gains | {"intervals_apart": True}
-    return gains | {"gamma_over": 4}
+        return gains | {"num_prompts": 500, "gamma": 7, "intervals_apart": True}
+    gammas = {"gamma": TUNED["distilled"], "gamma_over": TUNED[over]}
+    return gains | {"num_prompts": 50, **gammas, "batch_size": 1}
 
 
 def evaluation():

@@ -180,20 +180,21 @@ def test_layouts_have_names():
 
 
 @pytest.mark.parametrize(
-    ("mesh_shape", "first", "last", "expected"),
+    ("mesh_shape", "devices", "expected"),
     [
-        ((4, 1, 2), 0, 4, (0, 2)),
-        ((4, 1, 2), 4, 8, (1, 2)),
-        ((2, 2, 2), 2, 4, (1, 4)),
-        ((1, 1, 8), 4, 8, (0, 1)),  # the model crosses hosts: both read every row
-        ((2, 1, 4), 0, 2, (0, 2)),  # as the next one: two hosts share the first half
-        ((2, 1, 4), 2, 4, (0, 2)),
-        ((8, 1, 1), 0, 3, (0, 1)),  # 3/8 of the rows are no equal part
+        ((4, 1, 2), range(4), (0, 2)),
+        ((4, 1, 2), range(4, 8), (1, 2)),
+        ((2, 2, 2), range(2, 4), (1, 4)),
+        ((1, 1, 8), range(4, 8), (0, 1)),  # the model crosses hosts: both read every row
+        ((2, 1, 4), range(2), (0, 2)),  # as the next one: two hosts share the first half
+        ((2, 1, 4), range(2, 4), (0, 2)),
+        ((8, 1, 1), range(3), (0, 1)),  # 3/8 of the rows are no equal part
+        ((8, 1, 1), (0, 3), (0, 1)),  # from the first to the last it is half of them, with a hole
     ],
 )
-def test_a_host_reads_the_rows_of_its_devices(monkeypatch, mesh_shape, first, last, expected):
+def test_a_host_reads_the_rows_of_its_devices(monkeypatch, mesh_shape, devices, expected):
     layout = Layout(make_mesh(MeshConfig(*mesh_shape)))
-    mine = set(jax.devices()[first:last])
+    mine = {jax.devices()[index] for index in devices}
     real = jax.sharding.NamedSharding.devices_indices_map
     monkeypatch.setattr(
         jax.sharding.NamedSharding,

@@ -165,6 +165,15 @@ def test_a_stop_comes_before_an_evaluation_which_the_next_start_makes(make_toy):
     assert chosen_step(parts.workdir) == chosen_step(whole.workdir)
 
 
+def test_a_stop_in_the_last_step_comes_too_late(make_toy):
+    whole, told = make_toy("whole"), make_toy("told")
+    expected = whole.run(steps=7)
+    told.hook = stop_at(6)
+    assert_same_run(told.run(steps=7), expected)
+    assert records(told) == records(whole)
+    assert [r["step"] for r in records(told, "eval")][-1] == 7
+
+
 def test_error_in_a_step_leaves_a_run_that_goes_on(make_toy):
     whole, parts = make_toy("whole"), make_toy("parts")
     expected = whole.run()
@@ -260,8 +269,9 @@ def test_early_stop_after_patience_and_for_good(make_toy):
     def evaluate(state):
         return {"size": -abs(float(state.step) - 5)}
 
-    config = {"best_metric": "size", "patience": 2}
+    config = {"best_metric": "size", "patience": 2, "log_every": 4}
     result = toy.run(steps=50, evaluate=evaluate, **config)
+    assert [r["step"] for r in records(toy, "train")] == [4, 8, 12, 15]
     assert (result.ended, int(result.state.step), result.memory.best_step) == ("early", 15, 5)
     again = toy.run(steps=50, evaluate=evaluate, **config)
     assert (again.ended, int(again.state.step)) == ("early", 15)

@@ -81,9 +81,20 @@ def test_resuming_drops_the_evaluations_that_are_made_again(tmp_path):
         ][:kept]
 
 
-def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"step": 2, "ki',
+        b'{"step": 2, "kin\xc3',
+        b'{"step": ' + b"9" * 5_000 + b', "kind": "train"}\n',
+        b"[" * 100_000,
+        b"\0" * 100,
+    ],
+    ids=["cut", "no UTF-8", "number", "nested", "zeros"],
+)
+def test_a_line_cut_short_by_a_kill_or_damaged_is_dropped(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "kind": "train"}\n{"step": 2, "ki')
+    path.write_bytes(b'{"step": 1, "kind": "train"}\n' + line)
     drop_records_after(path, 5)
     assert path.read_text() == '{"step": 1, "kind": "train"}\n'
 

@@ -49,6 +49,12 @@ def test_rsqrt_halves_at_four_times_the_warm_up_and_stops_at_the_floor():
     assert rate(80, schedule="rsqrt", warmup_steps=5, floor=0.7) == pytest.approx(PEAK * 0.7)
 
 
+def test_rsqrt_stays_at_the_peak_until_the_decay_starts():
+    fields = {"schedule": "rsqrt", "warmup_steps": 5, "decay_start": 20}
+    assert rate(20, **fields) == pytest.approx(PEAK)
+    assert rate(80, **fields) == pytest.approx(PEAK / 2)
+
+
 def test_constant_stays():
     assert rate(10_000, schedule="constant") == pytest.approx(PEAK)
 

@@ -67,6 +67,17 @@ def test_gradient_not_finite_is_left_out_and_counted(bad):
     assert_same(good.params, state.apply_gradients(gradients(2), optimizer).params)
 
 
+def test_steps_left_out_do_not_lengthen_the_memory_of_the_average():
+    optimizer = adamw(learning_rate=0.1)
+    straight = late = TrainState.create(params(), optimizer, average_decay=0.9)
+    for step in range(2):
+        for _ in range(3):
+            late = late.apply_gradients(jax.tree.map(lambda g: g * np.nan, params()), optimizer)
+        straight = straight.apply_gradients(gradients(step), optimizer)
+        late = late.apply_gradients(gradients(step), optimizer)
+    assert_same(late.average, straight.average)
+
+
 def test_average_is_the_recursion_with_a_short_memory_at_first():
     optimizer = adamw(learning_rate=0.1)
     state = TrainState.create(params(), optimizer, average_decay=0.5)

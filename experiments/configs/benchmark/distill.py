@@ -7,11 +7,12 @@ for what a large product reaches).
     /path/to/env/with/peers/python -m experiments.benchmark \
         --config=experiments/configs/benchmark/distill.py --workdir=runs/benchmark-distill
 
-Parts: `trl` (the LM1B pair, 33M and 234M), `trl_small` (the quickstart's sizes), `torch` (T5 small
-and base), `chunked` (memory and time of the vocabulary in chunks), `teacher` (rollouts of the
-target with a draft's help; give a distilled one by --config.distill.teacher_draft=FOLDER),
-`utilisation` (operations a second of score and update, and their share of what a large product
-reaches, or of --config.distill.peak_teraflops).
+Parts: `trl` (the LM1B pair, 33M and 234M), `trl_small` (presets `cpu_draft` and `cpu_target`: the
+quickstart's, its target with five of nine decoder layers), `torch` (T5 small and base), `chunked`
+(memory and time of the vocabulary in chunks), `teacher` (tokens a second of the target's texts, and
+of steps on them, with a draft's help; give a distilled one by
+--config.distill.teacher_draft=FOLDER), `utilisation` (operations a second of score and update, and
+their share of what a large product reaches, or of --config.distill.peak_teraflops).
 """
 
 from ml_collections import ConfigDict
@@ -38,5 +39,6 @@ def get_config(options: str = "") -> ConfigDict:
         config.distill.vocabularies = (64, 448)
         config.distill.teacher_batch_sizes = (2, 4)
         config.distill.teacher_length = 16
+        config.distill.teacher_batches = 4
         config.distill.product_size = 256
     return config
