@@ -1,9 +1,10 @@
-"""The one exception for bad input, and the helper that suggests the nearest valid name."""
+"""The one exception for bad input, and helpers: checks of a setting, and the nearest valid name."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
+import numbers
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -44,3 +45,25 @@ def unknown_name(
     hint = f"did you mean '{prefix}{close[0]}'?" if close else f"known: {all_names}"
     place = f" in {where}" if where else ""
     return UserError(f"unknown {kind} '{prefix}{name}'{place}; {hint}")
+
+
+def check_count(name: str, value: object, least: int = 1, *, zero: str = "") -> None:
+    """Raises UserError unless a setting is an integer of at least `least`; 2.0 is none.
+
+    `zero` says what a 0 stands for where that is no count.
+    """
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+        right = f"0 ({zero}) or a positive integer" if zero else f"an integer of at least {least}"
+        raise UserError(f"{name} is {value}; it must be {right}")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raises UserError unless a setting is a number; a text or a bool is none."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise UserError(f"{name} is {value!r}; it must be a number")
+
+
+def check_kind(name: str, value: object, kind: type) -> None:
+    """Raises UserError unless a setting is a `kind`: a Sampling, a BlockLength ..."""
+    if not isinstance(value, kind):
+        raise UserError(f"{name} is {value!r}; it must be a {kind.__name__}")

@@ -141,9 +141,10 @@ def find(name_or_path: str | os.PathLike[str]) -> Found:
         return Found("native", name, PRETRAINED / name)
     if os.path.exists(path):
         return _identify(path.resolve())
-    if len(path.parts) > 1:
+    if os.sep in name:
         raise UserError(f"no model at '{name}': there is no such file or folder")
-    raise unknown_name("model", name, known)
+    told = unknown_name("model", name, known)
+    raise UserError(f"{told} (no such folder is here, and presets have fresh weights)")
 
 
 def _identify(path: Path) -> Found:

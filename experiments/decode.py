@@ -57,7 +57,6 @@ def main(config: DecodeConfig, workdir: Path) -> None:
         if examples is None or inputs is None:
             answers, batches = _from_terminal(decoder)
             if not answers:
-                run.take_back()
                 raise UserError("there was no prompt; give --prompts=FILE, --prompt=TEXT or lines")
         else:
             answers, batches = _from_examples(decoder, examples, inputs)
@@ -65,6 +64,8 @@ def main(config: DecodeConfig, workdir: Path) -> None:
         write_json_lines(run.path / METRICS, batches)
         summary = _summary(config, answers, batches)
         run.write_summary(summary, seed=config.seed)
+        if examples is not None:
+            _show(decoder, answers)  # last: whoever reads along may stop reading
         _say(summary, run.path)
 
 
@@ -86,7 +87,6 @@ def _from_examples(
 
         answers = decoder(examples, inputs, on_done=on_done)
     batches[0]["warm_up_seconds"] = warm_up_seconds
-    _show(decoder, answers)
     return answers, batches
 
 
@@ -103,13 +103,13 @@ def _from_terminal(decoder: Decoder) -> tuple[list[Answer], list[dict[str, Any]]
         try:
             prompt = Lines([line], "the prompt", decoder.config.prefix)
             inputs = decoder.encode(prompt)
-            if inputs.shape not in compiled:
-                decoder(prompt, inputs)  # outside the clock
-                compiled.add(inputs.shape)
-            answers += decoder(prompt, inputs, first_id=len(answers), on_done=on_done)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             continue
+        if inputs.shape not in compiled:
+            decoder(prompt, inputs)  # outside the clock
+            compiled.add(inputs.shape)
+        answers += decoder(prompt, inputs, first_id=len(answers), on_done=on_done)
         _show(decoder, answers[-1:])
     return answers, batches
 
@@ -136,7 +136,7 @@ def _announce(decoder: Decoder) -> None:
     models = {"target": decoder.target, "draft": decoder.draft}
     for role, loaded in models.items():
         if loaded is not None:
-            print(f"{role}: {loaded.path}, {loaded.num_parameters:,} parameters")
+            print(f"{role}: {loaded}")
     how = f"gamma {config.gamma}, {config.verification} verification, " if decoder.draft else ""
     print(f"{how}temperature {config.temperature:g}, up to {config.max_new_tokens} tokens")
     if decoder.draft is not None:

@@ -85,6 +85,7 @@ class DecodeConfig(DraftSampling):
         given = {
             "num_drafts": self.num_drafts > 1,
             "lenience": not self.lenience.is_exact,
+            "verification": self.verification != "token",
             "block_length": self.block_length != FIXED,
             **dict.fromkeys(self.draft_options, True),
         }

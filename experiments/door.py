@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import importlib.util
 import inspect
+import io
 import math
 import os
 import re
@@ -161,6 +162,8 @@ def raising_ctrl_c() -> Iterator[None]:
 
 def _open() -> None:
     _enable_compilation_cache()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that has no letter for a text
+        sys.stdout.reconfigure(errors="replace")
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs each save, and errors it raises
 
 

@@ -152,7 +152,7 @@ def _announce(bench: Bench) -> None:
     config = bench.config
     print(f"evaluate: {len(bench.prompts.row_ids)} prompts of {bench.task.name}/{config.split}")
     for role, loaded in bench.models.items():
-        print(f"  {role}: {loaded.path}, {loaded.num_parameters:,} parameters")
+        print(f"  {role}: {loaded}")
     if config.tune and not config.has_whole_blocks:
         print("  no gamma is tuned: that knows token verification of whole blocks alone")
     grid = {"temperature": config.temperatures, "gamma": config.gammas, "lenience": config.lenience}

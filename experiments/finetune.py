@@ -13,8 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from distillspec_jax.data.tasks import Task, load_task
+from distillspec_jax.decoding.checks import check_finite
 from distillspec_jax.distill.losses import REDUCTIONS
 from distillspec_jax.distill.step import make_finetune_step
 from distillspec_jax.errors import UserError, unknown_name
@@ -136,8 +138,12 @@ def _make_evaluate(
         watches.append(make_quality(model, task, prompts, place=layout.place, where=where))
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        figures = [watch(state.best_params) for watch in watches]
-        return {key: value for each in figures for key, value in each.items()}
+        figures = watches[0](state.best_params)
+        if state.step == 0:  # later it is the training that broke them
+            check_finite(np.isfinite(figures["loss"]), f"model '{config.model}'")
+        for watch in watches[1:]:
+            figures |= watch(state.best_params)
+        return figures
 
     return evaluate
 

@@ -154,7 +154,7 @@ def _write(
 
 def _announce(target: Loaded, settings: Settings, waiting: Sequence[int]) -> None:
     print(f"generate: {settings.examples:,} texts for {settings.prompts:,} prompts")
-    print(f"  target: {target.path}, {target.num_parameters:,} parameters")
+    print(f"  target: {target}")
     print(f"  data: {settings.data['task']}/{settings.data['split']}")
     print("  " + ", ".join(f"{name} {value}" for name, value in settings.sampling.items()))
     print(f"  files: {settings.shards}, {settings.shards - len(waiting)} of them done")

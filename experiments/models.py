@@ -29,6 +29,11 @@ class Loaded:
     def num_parameters(self) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
+    def __str__(self) -> str:
+        is_fresh = zoo.find(self.path).path is None
+        origin = " (a preset: fresh weights, never trained)" if is_fresh else ""
+        return f"{self.path}{origin}, {self.num_parameters:,} parameters"
+
 
 class Speaks(Protocol):
     """A task, or anything else that fixes what the ids of tokens mean."""

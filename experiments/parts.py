@@ -325,8 +325,7 @@ def announce(prepared: Prepared, config: TrainingConfig, task: Task, layout: Lay
         return
     print(f"{prepared.name}: {config.steps:,} steps, seed {config.seed}")
     for role, loaded in prepared.models.items():
-        dtype = loaded.model.config.dtype
-        print(f"  {role}: {loaded.path}, {loaded.num_parameters:,} parameters, {dtype}")
+        print(f"  {role}: {loaded}, {loaded.model.config.dtype}")
     print(f"  devices: {layout.describe()}")
     print(
         f"  data: {task.name}, {len(task.examples(config.train_split)):,} training examples, batch "

@@ -345,8 +345,7 @@ def introduce(name: str, models: Mapping[str, Loaded]) -> None:
     """Says what is planned, and how large its models are."""
     print(f"plan of {name}, nothing is allocated")
     for role, loaded in models.items():
-        about = f"{loaded.num_parameters:,} parameters, computes in {loaded.model.config.dtype}"
-        print(f"  {role}: {loaded.path}, {about}")
+        print(f"  {role}: {loaded}, computes in {loaded.model.config.dtype}")
     if "bfloat16" in {loaded.model.config.dtype for loaded in models.values()}:
         print(
             "  the CPU's compiler copies bfloat16 to float32: an accelerator holds less than this"

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +28,7 @@ from distillspec_jax import zoo
 from distillspec_jax.data.tasks import Task, TaskConfig, load_task
 from distillspec_jax.distill.recipes import LIKELIHOOD
 from distillspec_jax.errors import UserError, unknown_name
-from distillspec_jax.files import write_text
+from distillspec_jax.files import json_object, write_text
 from distillspec_jax.interop import native
 from distillspec_jax.models.config import check_dtype
 from distillspec_jax.models.fingerprint import fingerprint
@@ -263,8 +262,8 @@ class _Sweep:
         Of files that do not tell the data, those of an earlier version, it is taken to be this.
         """
         try:
-            kept = json.loads(self._file(cell).read_text("utf-8"))
-        except FileNotFoundError:
+            kept = json_object(self._file(cell).read_text("utf-8"))
+        except (FileNotFoundError, ValueError):  # the second: damaged
             return None
         about = {**dataclasses.asdict(cell), "models": self._models}
         data = self._data_of(cell)
@@ -293,7 +292,7 @@ def _announce(
     cells, waiting = sweep.cells, sweep.waiting
     print(f"sweep: {len(cells)} cells, {len(cells) - len(waiting)} of them done")
     for role, loaded in (("target", target), ("draft", draft)):
-        print(f"  {role}: {loaded.path}, {loaded.num_parameters:,} parameters")
+        print(f"  {role}: {loaded}")
     print(f"  losses: {', '.join(config.divergences)}; data: {', '.join(config.sources)}")
     sizes = [f"{split} ({len(task.examples(split)):,})" for split in config.train_splits]
     print(f"  training data: {task.name}, {', '.join(sizes)}; batch {config.batch_size}")

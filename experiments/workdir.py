@@ -82,12 +82,13 @@ class Workdir:
         """Removes `summary.json`, which says that the run is over."""
         (self.path / SUMMARY).unlink(missing_ok=True)
 
-    def take_back(self) -> None:
+    def _take_back(self) -> None:
         """Removes a folder that was not there before, of a run that came to nothing.
 
-        Not what else came into it: another run's folder stays, and this one around it.
+        Not if the run left something; another run's folder stays, and this one around it.
         """
-        if not self._is_new:
+        left = {entry.name for entry in self.path.iterdir() if not (entry / CONFIG).is_file()}
+        if not self._is_new or left - {CONFIG, LOCK}:
             return
         for name in (CONFIG, LOCK):
             (self.path / name).unlink()
@@ -101,7 +102,9 @@ class Workdir:
     def __enter__(self) -> Workdir:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, UserError):
+            self._take_back()
         self.close()
 
 

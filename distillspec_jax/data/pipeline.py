@@ -16,7 +16,7 @@ import numpy as np
 from distillspec_jax.data.batch import Batch
 from distillspec_jax.data.examples import EncodedExample, Example, locate, take
 from distillspec_jax.data.vocabulary import Vocabulary
-from distillspec_jax.errors import UserError
+from distillspec_jax.errors import UserError, check_count
 
 # Longer data sets are checked for over-long examples up to here before the first batch, and
 # behind it as they are drawn: a run should fail in its first second, not in its second hour.
@@ -58,8 +58,11 @@ def batches(
       process_index, process_count: which rows of each batch are this host's.
 
     Raises:
-      UserError: no examples, an over-long example, or a batch that the hosts cannot share evenly.
+      UserError: no examples, an example that is over-long or has no input, a setting out of range,
+        or a batch that the hosts cannot share evenly.
     """
+    check_count("start_step", start_step, least=0)
+    check_count("bucket", bucket, least=0, zero="off")
     mine = _host_rows(batch_size, process_index, process_count)
     encode = _Encoder(examples, vocabulary, input_length, target_length, truncate, input_eos)
     encode.check()
@@ -122,7 +125,14 @@ def _read_options(ahead: int) -> grain.ReadOptions:
 
 def _host_rows(batch_size: int, process_index: int, process_count: int) -> slice:
     """The rows of a global batch that are this host's."""
-    if batch_size < 1 or batch_size % process_count:
+    check_count("batch_size", batch_size)
+    check_count("process_count", process_count)
+    check_count("process_index", process_index, least=0)
+    if process_index >= process_count:
+        raise UserError(
+            f"process_index is {process_index}, must be below the number of hosts, {process_count}"
+        )
+    if batch_size % process_count:
         raise UserError(
             f"batch_size is {batch_size}, must be a positive multiple of the number of hosts, "
             f"{process_count}"
@@ -173,7 +183,7 @@ class _Encoder:
         return Batch(inputs, targets, ids.astype(np.int32))
 
     def check(self) -> None:
-        """Refuses an empty data set, and over-long examples among the first."""
+        """Refuses an empty data set, and over-long or empty examples among the first."""
         if len(self.examples) == 0:
             raise UserError("the split holds no examples")
         if not self.truncate:
@@ -191,6 +201,11 @@ class _Encoder:
         else:
             source = self.vocabulary.encode(example.input) + end * self.input_eos
             target = self.vocabulary.encode(example.target) + end
+        if not any(source):  # nothing but padding, if anything
+            raise UserError(
+                f"{locate(self.examples, index)}: the input has no piece of the vocabulary; give "
+                "it a text that has one"
+            )
         if self.truncate:
             source = _cut(source, self.input_length, end * self.input_eos)
             target = _cut(target, self.target_length, own_end)

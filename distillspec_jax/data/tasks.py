@@ -16,7 +16,7 @@ from distillspec_jax.data.examples import BuiltExamples, Examples
 from distillspec_jax.data.jsonl import JsonlExamples
 from distillspec_jax.data.vocabulary import Vocabulary, load_vocabulary
 from distillspec_jax.data.written import WrittenTexts
-from distillspec_jax.errors import UserError, unknown_name
+from distillspec_jax.errors import UserError, check_count, unknown_name
 
 _Splits = Mapping[str, Callable[[], Examples]]
 METRICS = ("exact_match_number", "rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "none")
@@ -238,6 +238,8 @@ class Task:
 
         The other arguments and errors as in `pipeline.eval_batches`.
         """
+        if count is not None:
+            check_count("count", count)
         return pipeline.eval_batches(
             self.examples(split)[:count],
             self.vocabulary,

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from distillspec_jax.decoding import keys
-from distillspec_jax.decoding.checks import check_count, check_finite, check_request
+from distillspec_jax.decoding.checks import check_finite, check_request
 from distillspec_jax.decoding.sampling import STANDARD, Sampling, draw
+from distillspec_jax.errors import check_count, check_kind
 from distillspec_jax.models.cache import Cache
 from distillspec_jax.models.transformer import Params, Transformer, next_logits, start
 
@@ -109,10 +110,11 @@ def autoregressive_sample(
     """`generate`, compiled once per shape, with its input and its output checked on the host.
 
     Raises UserError for prompts that are not right-padded ids of the model, row ids that do not
-    fit them, a limit below 1, or NaN from the model.
+    fit them, what is no key, a limit below 1, or NaN from the model.
     """
     check_count("max_new_tokens", max_new_tokens)
-    check_request(inputs, row_ids, [model.config])
+    check_kind("sampling", sampling, Sampling)
+    check_request(inputs, row_ids, [model.config], params=params, rng=rng)
     row_ids = keys.default_row_ids(inputs, row_ids)
     settings = {"sampling": sampling, "max_new_tokens": max_new_tokens}
     output = _compiled_generate(model, params, inputs, rng, **settings, row_ids=row_ids)

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distillspec_jax.decoding.checks import check_count
-from distillspec_jax.errors import UserError
+from distillspec_jax.errors import UserError, check_count, check_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +35,13 @@ class BlockLength:
     schedule_start: int = 0
 
     def __post_init__(self) -> None:
+        for field in ("min_confidence", "max_entropy"):
+            check_number(field, getattr(self, field))
         if not 0 <= self.min_confidence <= 1:
             raise UserError(f"min_confidence is {self.min_confidence}; it must be in [0, 1]")
         if not self.max_entropy >= 0:
             raise UserError(f"max_entropy is {self.max_entropy}; it must be 0 (off) or more nats")
-        check_count("schedule_start", self.schedule_start, least=0)
+        check_count("schedule_start", self.schedule_start, least=0, zero="off")
 
 
 FIXED = BlockLength()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,36 +17,22 @@ Array = jax.Array | np.ndarray
 ROW_IDS = np.iinfo(np.int32)
 
 
-def check_count(name: str, value: object, least: int = 1) -> None:
-    """Raises UserError unless the setting is an integer of at least `least`; 2.0 is none."""
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-        right = f"an integer of at least {least}" if least else "0 (off) or a positive integer"
-        raise UserError(f"{name} is {value}; it must be {right}")
-
-
-def check_kind(name: str, value: object, kind: type) -> None:
-    """Raises UserError unless the setting is a `kind`: a Sampling, a BlockLength ..."""
-    if not isinstance(value, kind):
-        raise UserError(f"{name} is {value!r}; it must be a {kind.__name__}")
-
-
 def check_request(
     inputs: Array,
     row_ids: Array | None,
     configs: Sequence[ModelConfig],
     *,
+    params: Any,
+    rng: object,
     lowest_id: int = ROW_IDS.min,
 ) -> None:
     """Raises UserError unless inputs [B, S] are right-padded prompts and row_ids [B] fit int32.
 
-    configs: of the models that read the prompts. Rows with a negative id are never read, so they
-    may hold anything.
+    configs: of the models that read the prompts, as `params` are theirs. Rows with a negative id
+    are never read, so they may hold anything.
     """
-    if isinstance(inputs, jax.core.Tracer):
-        raise UserError(
-            "inputs are traced, so they cannot be checked; inside a jitted function use "
-            "`generate` or `speculate`"
-        )
+    _check_untraced(inputs=inputs, params=params, rng=rng, row_ids=row_ids)
+    _check_key(rng)
     expected = "expected an integer array [batch, length], both >= 1"
     if not hasattr(inputs, "dtype"):
         raise UserError(f"inputs are a {type(inputs).__name__}; {expected}")
@@ -65,6 +52,25 @@ def check_finite(finite: jax.Array, who: str) -> None:
     """Raises UserError if a row's flag [B] says that `who` gave NaN."""
     if not bool(jnp.all(finite)):
         raise UserError(f"{who} gave NaN logits; its weights are broken (NaN or far too large)")
+
+
+def _check_untraced(**arguments: Any) -> None:
+    for name, argument in arguments.items():
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(argument)):
+            are = "is" if name == "rng" else "are"
+            raise UserError(
+                f"{name} {are} traced, so what comes of them cannot be checked; inside a jitted "
+                "function use `generate` or `speculate`"
+            )
+
+
+def _check_key(rng: Any) -> None:
+    """Refuses what is neither a key nor the words of a raw one."""
+    dtype, dims = getattr(rng, "dtype", None), getattr(rng, "ndim", None)
+    is_new = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and dims == 0
+    if not is_new and not (dtype == np.uint32 and dims == 1):
+        found = f"{rng!r}" if dims is None else f"an array of shape {rng.shape} of {dtype}"
+        raise UserError(f"rng is {found}; it must be one key: jax.random.key(seed)")
 
 
 def _check_row_ids(ids: np.ndarray, count: int, lowest: int) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from distillspec_jax.errors import UserError, unknown_name
+from distillspec_jax.errors import UserError, check_number, unknown_name
 
 KINDS = ("linear", "square", "exponential")
 
@@ -36,6 +36,7 @@ class Lenience:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise unknown_name("lenience", self.kind, KINDS)
+        check_number("lenience", self.epsilon)
         if not 0 < self.epsilon <= 1:
             raise UserError(f"lenience is {self.epsilon}; it must be in (0, 1], 1 being exact")
 

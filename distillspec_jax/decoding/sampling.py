@@ -8,13 +8,11 @@ was drawn from. Everything is float32 and built of reductions: on a CPU a sort o
 from __future__ import annotations
 
 import dataclasses
-import numbers
 
 import jax
 import jax.numpy as jnp
 
-from distillspec_jax.decoding.checks import check_count
-from distillspec_jax.errors import UserError
+from distillspec_jax.errors import UserError, check_count, check_number
 
 CDF_BLOCK = 128  # entries of a vocabulary whose running sum is formed at a time
 _SMALLEST_NORMAL = float(jnp.finfo(jnp.float32).tiny)  # anything below is 0 to XLA, no divisor
@@ -37,12 +35,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for field in ("temperature", "top_p"):
-            value = getattr(self, field)
-            if not isinstance(value, numbers.Real) or isinstance(value, bool):
-                raise UserError(f"{field} is {value!r}; it must be a number")
+            check_number(field, getattr(self, field))
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or positive")
-        check_count("top_k", self.top_k, least=0)
+        check_count("top_k", self.top_k, least=0, zero="off")
         if not _SMALLEST_NORMAL <= self.top_p <= 1:  # below, float32 has 0
             raise UserError(f"top_p is {self.top_p}; it must be in (0, 1], 1 being off")
 

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distillspec_jax.decoding.checks import check_count, check_finite, check_request
+from distillspec_jax.decoding.checks import check_finite, check_request
 from distillspec_jax.decoding.speculative import advance, begin, output_of
 from distillspec_jax.decoding.state import Speculation, SpeculativeOutput, State
-from distillspec_jax.errors import UserError
+from distillspec_jax.errors import UserError, check_count
 from distillspec_jax.models.transformer import Params
 
 
@@ -42,7 +42,8 @@ def slot_sample(
     UserError as `speculative_sample` does, and for row ids below 0, which mark empty slots here.
     """
     check_count("slots", slots)
-    check_request(inputs, row_ids, speculation.configs, lowest_id=0)
+    params = target_params, draft_params
+    check_request(inputs, row_ids, speculation.configs, params=params, rng=rng, lowest_id=0)
     if refill is None:
         slots = min(slots, len(inputs))
         refill = max(1, slots // 8)
@@ -51,7 +52,6 @@ def slot_sample(
         raise UserError(f"refill is {refill}; it must be between 1 and the {slots} slots")
     row_ids = np.arange(len(inputs)) if row_ids is None else np.asarray(row_ids)
     pad_id = speculation.target.config.pad_id
-    params = target_params, draft_params
 
     def prompts(first: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Indices of the next prompts, their tokens and row ids; -1 where none are left."""

@@ -88,7 +88,7 @@ def speculative_sample(
     Compiled once per shape and settings (`Speculation` explains them), with input and output
     checked on the host; inside a jitted function use `speculate`. Raises UserError for settings
     out of range, models of different kind or vocabulary, prompts that are not right-padded ids,
-    row ids that do not fit them, or NaN from a model.
+    row ids that do not fit them, what is no key, or NaN from a model.
     """
     speculation = Speculation(
         target=target,
@@ -114,9 +114,10 @@ def speculate_checked(
     row_ids: jax.Array | None = None,
 ) -> SpeculativeOutput:
     """`speculate`, compiled, with input and output checked on the host."""
-    check_request(inputs, row_ids, speculation.configs)
+    params = target_params, draft_params
+    check_request(inputs, row_ids, speculation.configs, params=params, rng=rng)
     row_ids = keys.default_row_ids(inputs, row_ids)
-    output = _compiled(speculation, target_params, draft_params, inputs, rng, row_ids)
+    output = _compiled(speculation, *params, inputs, rng, row_ids)
     check_finite(output.statistics.finite, speculation.names)
     return output
 

@@ -10,11 +10,10 @@ from flax import struct
 
 from distillspec_jax.data.vocabulary import check_same
 from distillspec_jax.decoding.block_length import FIXED, BlockLength
-from distillspec_jax.decoding.checks import check_count, check_kind
 from distillspec_jax.decoding.lenience import Lenience
 from distillspec_jax.decoding.sampling import STANDARD, Sampling
 from distillspec_jax.decoding.verification import RULES
-from distillspec_jax.errors import UserError, unknown_name
+from distillspec_jax.errors import UserError, check_count, check_kind, unknown_name
 from distillspec_jax.models.cache import Cache
 from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.models.transformer import Transformer

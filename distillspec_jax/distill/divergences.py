@@ -122,6 +122,7 @@ def lk_hybrid(target_logits: jax.Array, draft_logits: jax.Array, *, eta: float =
     [..., V], [..., V] -> [...]. lambda is taken per position: KL leads where the draft is far off,
     TVD where it nearly agrees. Source: arXiv 2602.23881.
     """
+    check_eta(eta)
     distance = tvd(target_logits, draft_logits)
     weight = jnp.exp(-eta * (1.0 - jax.lax.stop_gradient(distance)))
     return weight * forward_kl(target_logits, draft_logits) + (1.0 - weight) * distance
@@ -147,6 +148,12 @@ def check_beta(beta: float) -> None:
         )
 
 
+def check_eta(eta: float) -> None:
+    """Refuses an eta below 0: KL would then lead where the draft nearly agrees."""
+    if not eta >= 0.0:
+        raise UserError(f"eta of lk_hybrid is {eta:g}, must be at least 0")
+
+
 def named(name: str, *, beta: float = 0.5, eta: float = 3.0) -> Divergence:
     """Returns the divergence of that name; `beta` is for jsd, `eta` for lk_hybrid."""
     if name not in DIVERGENCES:
@@ -155,6 +162,7 @@ def named(name: str, *, beta: float = 0.5, eta: float = 3.0) -> Divergence:
         check_beta(beta)
         return functools.partial(jsd, beta=beta)
     if name == "lk_hybrid":
+        check_eta(eta)
         return functools.partial(lk_hybrid, eta=eta)
     return DIVERGENCES[name]
 
@@ -166,6 +174,9 @@ def at_temperatures(
 
     The value is not multiplied by any power of the temperatures.
     """
+    for who, temperature in (("target", target), ("draft", draft)):
+        if not temperature > 0.0:
+            raise UserError(f"the {who} temperature is {temperature:g}, must be above 0")
     if target == draft == 1.0:
         return divergence
     return lambda target_logits, draft_logits: divergence(

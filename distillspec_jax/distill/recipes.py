@@ -11,7 +11,7 @@ from typing import Any
 
 from distillspec_jax.distill import divergences
 from distillspec_jax.distill.losses import REDUCTIONS
-from distillspec_jax.errors import UserError, unknown_name
+from distillspec_jax.errors import UserError, check_count, unknown_name
 
 LIKELIHOOD = "nll"  # the loss of the references (or samples) alone; the target scores nothing
 LOSSES = (LIKELIHOOD, *divergences.DIVERGENCES)
@@ -65,8 +65,10 @@ class Recipe:
             self._require(field, 0 <= getattr(self, field) <= 1, "within 0 and 1")
         for field in ("target_temperature", "draft_temperature"):
             self._require(field, getattr(self, field) > 0, "above 0")
-        for field in ("eta", "rollout_temperature", "interleave_top_k", "teacher_gamma"):
+        for field in ("eta", "rollout_temperature"):
             self._require(field, getattr(self, field) >= 0, "at least 0")
+        for field in ("interleave_top_k", "teacher_gamma"):
+            check_count(f"{field} of {where}", getattr(self, field), least=0, zero="off")
         self._require("keep_fraction", 0 < self.keep_fraction <= 1, "above 0 and at most 1")
         if self.keep_fraction < 1 and self.loss == LIKELIHOOD:
             raise UserError(f"keep_fraction of {where} needs a divergence as loss, not 'nll'")

@@ -17,7 +17,7 @@ import optax
 from distillspec_jax.decoding.state import check_pair
 from distillspec_jax.distill import data_sources, divergences, losses
 from distillspec_jax.distill.recipes import Recipe
-from distillspec_jax.errors import UserError
+from distillspec_jax.errors import UserError, check_count, check_kind
 from distillspec_jax.models import transformer
 from distillspec_jax.models.transformer import Params, Transformer
 
@@ -42,6 +42,7 @@ def make_finetune_step(
     gradients are summed over `micro_batches` parts of the batch, which must divide it.
     `state_shardings`, a sharding for each leaf of the state, keeps the state in its place.
     """
+    _check_parts(chunk, micro_batches)
 
     def step(state, batch):
         loss_sum = likelihood_loss(model, reduction=reduction, chunk=chunk, dropout=dropout)
@@ -103,6 +104,8 @@ def make_rollout(
 
     Traceable; the batch comes back with the recipe's text as its targets.
     """
+    check_kind("recipe", recipe, Recipe)
+    check_count("rollout_length", rollout_length)
     check_pair(target, draft)
     write = data_sources.make_source(draft, target, recipe, rollout_length=rollout_length)
 
@@ -137,6 +140,8 @@ def make_update(
     Traceable; scores `batch.targets` with both models, the target's part unless the batch brings
     it, and updates the draft.
     """
+    check_kind("recipe", recipe, Recipe)
+    _check_parts(chunk, micro_batches)
     check_pair(target, draft)
 
     def update(state, target_params, batch, reference_params=None):
@@ -248,6 +253,12 @@ def distillation_loss(
         return total, metrics | _lengths(mask)
 
     return loss_sum
+
+
+def _check_parts(chunk: int | None, micro_batches: int) -> None:
+    if chunk is not None:
+        check_count("chunk", chunk)
+    check_count("micro_batches", micro_batches)
 
 
 def _lengths(mask: jax.Array) -> Metrics:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distillspec_jax.decoding.sampling import STANDARD, Sampling, process
-from distillspec_jax.decoding.state import ACCEPTED, CORRECTED, SpeculativeOutput
+from distillspec_jax.decoding.state import ACCEPTED, CORRECTED, SpeculativeOutput, check_pair
 from distillspec_jax.errors import UserError
 from distillspec_jax.evaluation.intervals import Estimate, ratio, ratio_of_ratios
 from distillspec_jax.models.transformer import Params, Transformer, hidden_states, unembed
@@ -104,7 +104,11 @@ def along_texts(
 
     Returns:
       `TeacherForced` on the host.
+
+    Raises:
+      UserError: models that are not of one kind or do not speak one vocabulary.
     """
+    check_pair(target, draft)
     models = target, target_params, draft, draft_params
     arrays = score_texts(*models, inputs, texts, lengths, sampling, draft_sampling or sampling)
     overlap, accept = (np.asarray(x, np.float64) for x in arrays)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
+
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 
+from distillspec_jax.errors import UserError
 from distillspec_jax.models.transformer import Params
 
 
@@ -42,8 +45,12 @@ class TrainState(struct.PyTreeNode):
         seed: int = 0,
         average_decay: float = 0.0,
     ) -> TrainState:
-        """Returns the state before the first step; `params` are copied, steps may donate it."""
-        params = jax.tree.map(jnp.array, params)
+        """Returns the state before the first step; steps may donate it.
+
+        `params` are copied, as float32 whatever they come in: bfloat16 would lose small updates.
+        """
+        _check_seed(seed)
+        params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
         return cls(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -88,6 +95,13 @@ class TrainState(struct.PyTreeNode):
         decay = jnp.minimum(self.average_decay, taken / (taken + 9.0))
         decay = jnp.where(finite, decay, 1.0)
         return jax.tree.map(lambda a, p: a * decay + p * (1 - decay), self.average, params)
+
+
+def _check_seed(seed: object) -> None:
+    if isinstance(seed, jax.Array):  # may be traced
+        return
+    if not isinstance(seed, numbers.Integral) or not 0 <= int(seed) < 2**32:
+        raise UserError(f"seed is {seed}, must be an integer within 0 and 2**32 - 1")
 
 
 def _where(condition: jax.Array, new: Params, old: Params) -> Params:

@@ -225,3 +225,35 @@ def test_bad_settings_are_refused(make):
         make(batch_size=3, process_count=2)
     with pytest.raises(UserError, match="batch_size is 0"):
         make(batch_size=0)
+
+
+@pytest.mark.parametrize("make", [train, evaluate])
+def test_settings_that_would_drop_examples_or_pieces_are_refused(make):
+    with pytest.raises(UserError, match="process_index is 5, must be below the number of hosts, 2"):
+        make(batch_size=2, process_index=5, process_count=2)
+    with pytest.raises(UserError, match="process_index is -1; it must be an integer of at least 0"):
+        make(batch_size=2, process_index=-1)
+    with pytest.raises(UserError, match="process_count is 0; it must be an integer of at least 1"):
+        make(batch_size=2, process_count=0)
+    with pytest.raises(UserError, match=r"batch_size is 2\.0"):
+        make(batch_size=2.0)
+
+
+def test_a_bucket_or_a_first_step_below_zero_is_refused():
+    with pytest.raises(UserError, match=r"bucket is -8; it must be 0 \(off\) or a positive int"):
+        train(batch_size=2, bucket=-8)
+    with pytest.raises(UserError, match="start_step is -1; it must be an integer of at least 0"):
+        train(batch_size=2, start_step=-1)
+
+
+@pytest.mark.parametrize("make", [train, evaluate])
+@pytest.mark.parametrize("truncate", [False, True])
+@pytest.mark.parametrize("empty", [Example(" ", "5"), EncodedExample([0], [5])])
+def test_an_input_without_a_piece_is_named(make, truncate, empty):
+    examples = [Example("3", "4"), empty]
+    with pytest.raises(UserError, match="example 1: the input has no piece of the vocabulary"):
+        next(make(examples, batch_size=2, truncate=truncate))
+
+
+def test_an_end_of_sequence_is_a_piece_of_an_input():
+    assert next(train([Example("", "5")], batch_size=1, input_eos=True)).inputs.any()

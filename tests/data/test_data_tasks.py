@@ -96,6 +96,8 @@ def test_first_examples_alone(own):
     task = load_task(own)
     (batch,) = task.eval_batches("train", batch_size=3, count=1)
     assert batch.example_ids.tolist() == [0, -1, -1]
+    with pytest.raises(UserError, match="count is -1; it must be an integer of at least 1"):
+        task.eval_batches("train", batch_size=3, count=-1)
 
 
 def test_prefix_and_its_default(tmp_path, own):

@@ -109,6 +109,8 @@ def test_bad_requests_are_refused(pair, prompts):
         sample(pair, prompts, max_new_tokens=0)
     with pytest.raises(UserError, match=r"max_new_tokens is 2\.0; it must be an integer"):
         sample(pair, prompts, max_new_tokens=2.0)
+    with pytest.raises(UserError, match=r"sampling is 1\.0; it must be a Sampling"):
+        sample(pair, prompts, sampling=1.0)
 
 
 @pytest.mark.parametrize(
@@ -151,3 +153,38 @@ def test_row_ids_that_do_not_fit_are_refused(pairs, prompts, row_ids, named):
 def test_checks_are_not_for_jitted_functions(pairs, prompts):
     with pytest.raises(UserError, match="inside a jitted function use `generate` or `speculate`"):
         jax.jit(functools.partial(sample, pairs["decoder-only"]))(prompts)
+
+
+@pytest.mark.parametrize("traced", ["params", "rng", "row_ids"])
+def test_a_jitted_caller_is_told_whatever_it_traces(pairs, prompts, traced):
+    model, params = pairs["decoder-only"][:2]
+    given = {"params": params, "rng": RNG, "row_ids": np.arange(len(prompts))}
+
+    def call(value):
+        return autoregressive_sample(
+            model, inputs=prompts, max_new_tokens=2, **given | {traced: value}
+        )
+
+    with pytest.raises(UserError, match="inside a jitted function use `generate` or `speculate`"):
+        jax.jit(call)(given[traced])
+
+
+@pytest.mark.parametrize(
+    "rng", [0, None, np.uint32(3), np.zeros((2, 2), np.uint32), jax.random.split(RNG)]
+)
+def test_what_is_no_random_key_is_refused(pairs, prompts, rng):
+    model, params = pairs["decoder-only"][:2]
+    with pytest.raises(UserError, match=r"rng is .*; it must be one key: jax\.random\.key\(seed\)"):
+        autoregressive_sample(model, params, prompts, rng, max_new_tokens=2)
+
+
+def test_a_raw_key_draws_what_its_new_kind_draws(pairs, prompts):
+    model, params = pairs["decoder-only"][:2]
+    words = jax.random.key_data(RNG)
+    with jax.legacy_prng_key("allow"):
+        new, raw, numpy = (
+            autoregressive_sample(model, params, prompts, rng, max_new_tokens=5).tokens
+            for rng in (RNG, words, np.asarray(words))
+        )
+    np.testing.assert_array_equal(new, raw)
+    np.testing.assert_array_equal(new, numpy)

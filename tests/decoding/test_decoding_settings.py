@@ -56,6 +56,10 @@ def test_settings_out_of_range_are_refused(pairs, prompts, settings, named):
         (lambda: BlockLength(max_entropy=-1.0), "max_entropy is -1.0"),
         (lambda: BlockLength(schedule_start=-1), "schedule_start is -1"),
         (lambda: BlockLength(schedule_start=1.5), "schedule_start is 1.5; it must be 0"),
+        (lambda: Lenience(epsilon="0.5"), "lenience is '0.5'; it must be a number"),
+        (lambda: Lenience(epsilon=True), "lenience is True; it must be a number"),
+        (lambda: BlockLength(min_confidence="0.4"), "min_confidence is '0.4'; it must be a num"),
+        (lambda: BlockLength(max_entropy=None), "max_entropy is None; it must be a number"),
     ],
 )
 def test_lenience_and_block_length_out_of_range_are_refused(make, named):

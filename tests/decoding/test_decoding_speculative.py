@@ -425,3 +425,21 @@ def test_bad_requests_are_refused(pairs):
     small = pair._replace(target=pair.draft, draft=pair.target)  # of 11 and 7 embedded ids
     with pytest.raises(UserError, match="id 7 in row 0 is outside 0 <= id < 7"):
         sample(small, np.array([[3, 7]], np.int32))
+
+
+@pytest.mark.parametrize("traced", ["target_params", "draft_params", "rng", "row_ids", "inputs"])
+def test_a_jitted_caller_is_told_whatever_it_traces(pairs, prompts, traced):
+    given = pairs[ENCODER_DECODER]._asdict() | {"inputs": prompts, "rng": RNG}
+    given["row_ids"] = np.arange(len(prompts))
+
+    def call(value):
+        return speculative_sample(**given | {traced: value}, gamma=1, max_new_tokens=2)
+
+    with pytest.raises(UserError, match="inside a jitted function use `generate` or `speculate`"):
+        jax.jit(call)(given[traced])
+
+
+@pytest.mark.parametrize("rng", [0, None])
+def test_what_is_no_random_key_is_refused(pairs, prompts, rng):
+    with pytest.raises(UserError, match=r"it must be one key: jax\.random\.key\(seed\)"):
+        speculative_sample(*pairs[ENCODER_DECODER], prompts, rng, gamma=1, max_new_tokens=2)

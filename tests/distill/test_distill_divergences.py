@@ -383,3 +383,18 @@ def test_acceptance_theorem_on_random_trees():
             ratios.append(lost / (horizon * horizon / length * epsilon))
     assert max(ratios) <= 1
     assert max(ratios) > 0.3  # the bound is not so far off that nothing could break it
+
+
+@pytest.mark.parametrize("eta", [-5.0, float("nan")])
+def test_an_eta_below_zero_is_refused(eta):
+    with pytest.raises(UserError, match=f"eta of lk_hybrid is {eta:g}, must be at least 0"):
+        divergences.named("lk_hybrid", eta=eta)
+    with pytest.raises(UserError, match="eta of lk_hybrid"):
+        divergences.lk_hybrid(np.ones(3), np.ones(3), eta=eta)
+
+
+@pytest.mark.parametrize("which", ["target", "draft"])
+@pytest.mark.parametrize("temperature", [-1.0, 0.0, float("nan")])
+def test_temperatures_of_a_loss_are_above_zero(which, temperature):
+    with pytest.raises(UserError, match=f"{which} temperature is {temperature:g}, must be above"):
+        divergences.at_temperatures(divergences.forward_kl, **{which: temperature})

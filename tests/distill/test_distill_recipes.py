@@ -57,6 +57,8 @@ def test_fields_can_be_changed_and_the_table_stays():
         ("adaspec", {"keep_fraction": 0.0}, "keep_fraction of recipe 'adaspec' is 0"),
         ("sft", {"keep_fraction": 0.5}, "needs a divergence as loss, not 'nll'"),
         ("skd", {"interleave_top_k": -1}, "interleave_top_k of recipe 'skd' is -1"),
+        ("skd", {"interleave_top_k": 2.5}, "interleave_top_k of recipe 'skd' is 2.5; it must be 0"),
+        ("seqkd", {"teacher_gamma": 1.5}, "teacher_gamma of recipe 'seqkd' is 1.5; it must be 0"),
     ],
 )
 def test_bad_recipes_are_refused_in_words(name, changes, message):

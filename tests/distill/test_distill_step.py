@@ -404,3 +404,23 @@ def test_refusals(pairs, batch, fresh_state, compiled_step):
     other = Transformer(dataclasses.replace(pair.target.config, num_pieces=9))
     with pytest.raises(UserError, match="number of pieces 9 and 11"):
         make_update(pair.draft, other, recipes.named("gkd"), optax.sgd(RATE))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"chunk": 0}, "chunk is 0; it must be an integer of at least 1"),
+        ({"micro_batches": 0}, "micro_batches is 0; it must be an integer of at least 1"),
+        ({"micro_batches": -1}, "micro_batches is -1"),
+        ({"rollout_length": 2.0}, r"rollout_length is 2\.0; it must be an integer of at least 1"),
+        ({"recipe": "distillspec"}, "recipe is 'distillspec'; it must be a Recipe"),
+    ],
+)
+def test_settings_of_a_step_are_refused_when_it_is_made(pairs, settings, words):
+    pair = pairs["decoder-only"]
+    given = {"recipe": recipes.named("gkd"), "optimizer": optax.sgd(RATE), "rollout_length": 5}
+    with pytest.raises(UserError, match=words):
+        make_distill_step(pair.draft, pair.target, **given | settings)
+    if settings.keys() & {"chunk", "micro_batches"}:
+        with pytest.raises(UserError, match=words):
+            make_finetune_step(pair.draft, optax.sgd(RATE), **settings)

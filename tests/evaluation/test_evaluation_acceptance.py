@@ -290,3 +290,16 @@ def test_gain_pairs_prompts():
     worse = [[(1, CORRECTED)] * 3, [(1, CORRECTED)] * 2, [(1, CORRECTED)]]
     gain = counts(better).gain(counts(worse))
     assert (gain.value, gain.low, gain.high) == pytest.approx((2, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_encoder_layers": 0}, "both must be of one kind"),
+        ({"eos_id": 2}, "id of the end of sequence 1 and 2"),
+    ],
+)
+def test_models_that_cannot_decode_together_are_refused(changes, words):
+    draft = tiny("draft", 1, **changes)
+    with pytest.raises(UserError, match=words):
+        along_texts(*tiny("target", 0), *draft, jnp.array([[5]]), jnp.array([[6]]), jnp.array([1]))

@@ -3,10 +3,13 @@
 import io
 import json
 
+import jax
+import numpy as np
 import pytest
 import sentencepiece
 from rich.text import Text
 
+from distillspec_jax import zoo
 from distillspec_jax.data.vocabulary import load_vocabulary
 from distillspec_jax.decoding.state import ACCEPTED, BONUS, CORRECTED
 from distillspec_jax.errors import UserError
@@ -36,10 +39,12 @@ def run(enter, models, tmp_path):
             f"def get_config():\n    return ConfigDict({values!r})\n"
         )
         folder = tmp_path / workdir
+        run.folders.append(folder)
         main = decode.main_with_flags
         out = enter(main, DecodeConfig, f"--config={path}", f"--workdir={folder}", *flags)
         return *out, folder
 
+    run.folders = []
     return run
 
 
@@ -305,6 +310,7 @@ def test_a_character_of_several_bytes_is_shown_when_it_is_whole(tmp_path):
         (["--prompts=a.txt", "--prompt=b"], {}, "give --prompts or --prompt"),
         (["--prompt=   "], {}, "--prompt holds no prompt"),
         (["--prompt=" + "and " * 60], {}, "--prompt:1 is too long: 60 input"),
+        (["--prompt=\u200b"], {}, "--prompt:1: the input has no piece of the vocabulary"),
         (["--prompt=a", "--prompt=a\udcff b"], {}, "--prompt:2 is not UTF-8"),
         (["--prompt=a", "--config.prefix=\udcff"], {}, "config.prefix is not UTF-8"),
         ([], {"prompt": ("a\udcff",)}, "--prompt:1 is not UTF-8"),
@@ -321,6 +327,7 @@ def test_a_character_of_several_bytes_is_shown_when_it_is_whole(tmp_path):
             "config.num_drafts would change nothing",
         ),
         ([], {"draft": "", "block_length": {"max_entropy": 0.6}}, "config.block_length would"),
+        ([], {"draft": "", "verification": "block"}, "config.verification would change nothing"),
         (
             [],
             {"draft": "", "lenience": {"epsilon": 0.5}, "draft_top_k": 0, "draft_top_p": 0.9},
@@ -355,6 +362,40 @@ def test_a_terminal_without_a_prompt_says_so_and_leaves_nothing(run, monkeypatch
     code, _, err, folder = run()
     assert code == 2
     assert "there was no prompt" in err
+    assert not folder.exists()
+
+
+def test_texts_are_on_the_disk_before_they_are_shown(run, monkeypatch):
+    """Whoever reads along may stop reading."""
+
+    def closed(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(decode, "_show", closed)
+    with pytest.raises(BrokenPipeError):
+        run(*(f"--prompt={prompt}" for prompt in PROMPTS))
+    [folder] = run.folders
+    assert [row["prompt"] for row in outputs(folder)] == list(PROMPTS)
+    assert summary(folder)["num_prompts"] == 3
+
+
+def test_fresh_weights_are_said_to_be(run):
+    code, out, _, _ = run("--prompt=Tom has 3", target="cpu_draft", draft="")
+    assert code is None
+    assert out.splitlines()[0].startswith("target: cpu_draft (a preset: fresh weights, never tr")
+    assert "a preset" not in run("--prompt=Tom has 3", workdir="other")[1]
+
+
+def test_a_model_that_gives_nan_ends_the_terminal_too(run, models, tmp_path, monkeypatch):
+    model, params = zoo.load(models / "target")
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, params)
+    pieces = zoo.describe(models / "target")["vocabulary_fingerprint"]
+    zoo.save_native(model, broken, tmp_path / "broken", {"vocabulary_fingerprint": pieces})
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\n"))
+    code, _, err, folder = run(target=str(tmp_path / "broken"), draft="")
+    assert code == 2
+    assert err.count("gave NaN logits") == 1
+    assert "no prompt" not in err
     assert not folder.exists()
 
 

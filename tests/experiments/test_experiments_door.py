@@ -1,6 +1,7 @@
 """The door: configs become dataclasses, and bad input becomes one sentence and exit code 2."""
 
 import dataclasses
+import io
 import os
 import pwd
 import signal
@@ -421,3 +422,11 @@ def test_every_entrypoint_has_help(name):
     assert f"    python -m experiments.{name}" in done.stdout
     assert "         --" not in done.stdout
     assert "  --plan: " in done.stdout
+
+
+def test_a_terminal_without_a_letter_shows_another_for_it(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    door._open()
+    print("caf\u00e9 \u2713", flush=True)
+    assert written.getvalue() == b"caf\xe9 ?\n"

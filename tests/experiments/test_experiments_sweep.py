@@ -150,6 +150,13 @@ def test_what_is_done_is_kept_and_what_is_new_is_added(run, tmp_path, monkeypatc
     assert sorted(trained) == [key[:-1] + "1" for key in sorted(expected)]
     assert all(file.read_bytes() == content for file, content in files.items())
     assert "10 cells, 6 of them done" in out
+
+    trained.clear()
+    damaged = next(iter(files))
+    damaged.write_text('{"name": "con')
+    code, out, err = run("--config.seeds=(0,1)")
+    assert code is None, err
+    assert trained == [damaged.stem]
     found = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert {row["seeds"] for row in found["cells"] if row["steps"]} == {2}
 

@@ -2,8 +2,11 @@
 
 import json
 
+import jax
+import numpy as np
 import pytest
 
+from distillspec_jax import zoo
 from distillspec_jax.data.tasks import TaskConfig
 from experiments.finetune import FinetuneConfig
 
@@ -24,6 +27,7 @@ def bad_line(folder, line):
         ('{"input": "x", ', [], "bad.jsonl:4"),
         ('{"input": "x", "target": ""}', [], "bad.jsonl:4"),
         ('{"input": "x"}', [], "bad.jsonl:4"),
+        ('{"input": "\\u200b", "target": "x"}', [], "bad.jsonl:4: the input has no piece"),
         ('{"input": "%s", "target": "x"}' % ("the " * 99), [], "bad.jsonl:4"),
         (
             '{"input": "x", "target": "%s"}' % ("the " * 99),
@@ -31,7 +35,7 @@ def bad_line(folder, line):
             "bad.jsonl:4",
         ),
     ],
-    ids=["broken", "empty", "missing", "long input", "long target"],
+    ids=["broken", "empty", "missing", "no piece", "long input", "long target"],
 )
 def test_bad_lines_are_told_with_their_number(run, tmp_path, stories, kind, line, overrides, words):
     overrides = overrides if kind == "distill" else []
@@ -155,3 +159,15 @@ def test_a_run_that_was_begun_with_a_key_since_retired_goes_on(run, tmp_path):
     code, _, err = run(*short)
     assert code is None, err
     assert "validation_examples" not in json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("every", [0, 3])
+def test_broken_weights_are_told_before_the_first_step(run, tmp_path, models, every):
+    model, params = zoo.load(models / "draft")
+    broken = jax.tree.map(lambda x: np.full(x.shape, np.nan, np.float32), params)
+    card = {"vocabulary_fingerprint": zoo.describe(models / "draft")["vocabulary_fingerprint"]}
+    zoo.save_native(model, broken, tmp_path / "broken", card, dtype="float32")
+    code, out, err = run("finetune", model=str(tmp_path / "broken"), loop__evaluate_every=every)
+    assert code == 2
+    assert "gave NaN logits; its weights are broken (NaN or far too large)" in err
+    assert "step 0" not in out + err

@@ -184,6 +184,26 @@ def test_a_file_system_without_locks_is_no_other_job(tmp_path, monkeypatch, code
         start(tmp_path)
 
 
+@pytest.mark.parametrize("is_done", [False, True])
+def test_bad_input_leaves_no_folder_that_was_not_there(tmp_path, is_done):
+    """Unless the run has left something in it."""
+
+    def fail(name, file=None):
+        with Workdir(tmp_path / name, "x", Config()) as run:
+            if file:
+                (run.path / file).write_text("{}")
+            raise UserError("it is too long")
+
+    with pytest.raises(UserError, match="too long"):
+        fail("run", "outputs.jsonl" if is_done else None)
+    assert (tmp_path / "run").exists() == is_done
+    with Workdir(tmp_path / "old", "x", Config()):
+        pass
+    with pytest.raises(UserError, match="too long"):
+        fail("old")
+    assert (tmp_path / "old" / "config.json").is_file()
+
+
 def test_a_killed_job_leaves_no_lock(tmp_path):
     code = (
         "import sys, time; sys.path.insert(0, '.')\n"

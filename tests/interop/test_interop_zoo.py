@@ -76,6 +76,10 @@ def test_packaged_models_fit_the_packaged_vocabulary():
 def test_unknown_and_ambiguous_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused("cpu_drfat", "unknown model 'cpu_drfat'; did you mean 'cpu_draft'")
+    refused(
+        "flan-t5-small", "did you mean 'flan_t5_small'. .no such folder is here, and presets ha"
+    )
+    refused("./flan_t5_small", "no model at './flan_t5_small': there is no such file or folder")
     refused("stories_target", "did you mean 'stories-target'")
     refused("runs/nothing", "no model at 'runs/nothing': there is no such file or folder")
     (tmp_path / "cpu_draft").mkdir()

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from distillspec_jax.errors import UserError
 from distillspec_jax.training.optimizers import OptimizerConfig, make_optimizer
 from distillspec_jax.training.state import TrainState
 
@@ -102,3 +103,24 @@ def test_donating_the_state_leaves_the_given_params_alone():
     step = jax.jit(lambda s: s.apply_gradients(gradients(0), optimizer), donate_argnums=0)
     step(state)
     assert_same(given, params())
+
+
+def test_weights_are_trained_in_float32_whatever_they_come_in():
+    rough = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
+    state = TrainState.create(rough, adamw(), average_decay=0.9)
+    for tree in (state.params, state.average):
+        assert {x.dtype for x in jax.tree.leaves(tree)} == {jnp.dtype(jnp.float32)}
+    assert_same(state.params, jax.tree.map(lambda x: x.astype(jnp.float32), rough))
+
+
+def test_weights_in_another_dtype_stay_where_they_lie():
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    place = jax.NamedSharding(mesh, jax.P("data"))
+    given = {"w": jax.device_put(jnp.ones((4, 3), jnp.bfloat16), place)}
+    assert TrainState.create(given, optax.sgd(0.1)).params["w"].sharding.is_equivalent_to(place, 2)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, np.int64(-1), 0.5])
+def test_seeds_that_are_no_uint32_are_refused(seed):
+    with pytest.raises(UserError, match=rf"seed is {seed}, must be an integer within 0 and 2"):
+        TrainState.create(params(), adamw(), seed=seed)
