@@ -342,7 +342,7 @@ def test_finetune_evaluates_what_it_hands_out_on_as_many_examples(finetuned, sto
     assert likelihood["chunk"] == 5
     assert rows(likelihood["batches"]) == held_out(stories, 5, 4)
     assert rows(quality["batches"]) == held_out(stories, 3, 4)
-    state = finetuned.train["state"].replace(params="trained", average="average")
+    state = finetuned.train["state"].replace(params="trained", average="average", step=1)
     figures = finetuned.train["hooks"].evaluate(state)
     assert figures == {"likelihood": "average", "quality": "average"}
 
