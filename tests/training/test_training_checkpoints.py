@@ -317,7 +317,7 @@ def test_every_flipped_bit_of_a_text_is_noticed_or_harmless(make_toy, capsys, it
     keep = shutil.copytree(checkpoint, toy.workdir.parent / "keep")
     content = (keep / item / "metadata").read_bytes()
     steps = []
-    for place in range(0, len(content), 7):
+    for place in range(0, len(content), 7 if len(content) > 100 else 1):
         flipped = content[place] ^ 1 << place % 8
         (checkpoint / item / "metadata").write_bytes(
             content[:place] + bytes([flipped]) + content[place + 1 :]
