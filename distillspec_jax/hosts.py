@@ -253,7 +253,6 @@ def on_first(action: Callable[[], Any]) -> Any:
             result = action()
         except (UserError, OSError) as caught:
             error = caught
-    _meet()
     kind, told = of_first(_told(error))
     if error is not None:
         raise error
@@ -263,11 +262,14 @@ def on_first(action: Callable[[], Any]) -> Any:
 
 
 def _told(error: UserError | OSError | None) -> tuple[str, list[Any]]:
-    """What kind of error it is, and what makes another one like it."""
-    if isinstance(error, OSError) and error.strerror:
-        name = str(error.filename or "") or None
-        return "system", [error.errno, error.strerror, name]
-    return ("system" if isinstance(error, OSError) else "user") * bool(error), [str(error)]
+    """What kind of error it is, "" for none, and what makes another one like it."""
+    if error is None:
+        return "", []
+    if not isinstance(error, OSError):
+        return "user", [str(error)]
+    if not error.strerror:
+        return "system", [str(error)]
+    return "system", [error.errno, error.strerror, str(error.filename or "") or None]
 
 
 def of_first(value: Any) -> Any:
@@ -282,11 +284,10 @@ def check_same(values: Mapping[str, Any]) -> None:
     """
     if jax.process_count() == 1:
         return
-    _meet()
     first, *others = _from_all(values)
     for host, theirs in enumerate(others, 1):
         for name in sorted(first.keys() | theirs.keys()):
-            here, there = (json.dumps(each.get(name))[:80] for each in (first, theirs))
+            here, there = (json.dumps(each.get(name)) for each in (first, theirs))
             if here != there:
                 raise UserError(
                     f"the hosts were not started alike: {name} is {here} on host 0 and {there} on "
@@ -296,6 +297,7 @@ def check_same(values: Mapping[str, Any]) -> None:
 
 def _from_all(value: Any) -> list[Any]:
     """What every process has, in their order; JSON."""
+    _meet()
     mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = np.asarray(multihost_utils.process_allgather(np.array(mine.size))).ravel()
     padded = np.pad(mine, (0, sizes.max() - mine.size))

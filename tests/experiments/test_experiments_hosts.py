@@ -455,12 +455,15 @@ def test_an_error_of_the_first_host_is_of_its_kind_on_all(meet):
     except OSError as e: {told}
     try: hosts.on_first(bad)
     except UserError as e: print(type(e).__name__, e, flush=True)
+    try: hosts.check_same({{"path": "x" * 200 + str(jax.process_index())}})
+    except UserError as e: print(e, flush=True)
     print(hosts.of_first(jax.process_index() + 7), flush=True)
     """
     for job in meet(then, limit=20):
         out, _ = job.communicate(timeout=60)
         assert job.returncode == 0, out
-        *_, system, user, first = out.splitlines()
+        *_, system, user, differing, first = out.splitlines()
+        assert re.search('path is "x+0" on host 0 and "x+1" on host 1; start', differing)
         assert system == "NotADirectoryError 20 /dev/null/nothing"
         assert (user, first) == ("UserError bad \u2713", "7")
 
