@@ -8,9 +8,10 @@ Layout, for readers that want the weights and no training state:
     <workdir>/checkpoints/<step>/description   item of JsonSave: {"model": dataclasses.asdict of
                                                ModelConfig, "vocabulary_fingerprint": str, "step":
                                                int, "best": bool, "format": 1, "versions": {...},
-                                               "weights": their fingerprint, "loop": digest of
-                                               that item, "seal": digest of this one but for
-                                               "best", and what else the run said about itself}
+                                               "checksums": of the weights, leaf by leaf, "loop":
+                                               digest of that item, "seal": digest of this one
+                                               but for "best", and what else the run said about
+                                               itself}
     <workdir>/checkpoints/<step>/training      item of StandardSave: the rest of TrainState, and
                                                checksums of all arrays
     <workdir>/checkpoints/<step>/loop          item of JsonSave: what the loop remembers
@@ -42,7 +43,7 @@ from orbax.checkpoint import checkpoint_managers
 import distillspec_jax
 from distillspec_jax import hosts
 from distillspec_jax.errors import UserError, first_line
-from distillspec_jax.models.fingerprint import fingerprint_of
+from distillspec_jax.models.fingerprint import checksums
 from distillspec_jax.run_folders import (
     FOLDER,
     FORMAT,
@@ -134,7 +135,8 @@ class Checkpoints:
     def _file(
         self, params: Any, training: Any, description: dict[str, Any], memory: dict[str, Any]
     ) -> None:
-        description["weights"] = fingerprint_of(description["model"], params)
+        sums = np.asarray(training["checksums"])[: len(jax.tree.leaves(params))]
+        description["checksums"] = sums.tolist()
         description["loop"] = digest(memory)
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
@@ -326,24 +328,6 @@ class _KeepStep(checkpoint_managers.PreservationPolicy):
         return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
-@jax.jit
-def checksums(tree: Any) -> jax.Array:
-    """One uint32 per leaf that changes with any flipped bit and with order: [leaves].
-
-    A sum of integers modulo 2**32, so it is the same for every layout over devices.
-    """
-
-    def one(leaf: jax.Array) -> jax.Array:
-        bits = _as_uint32(leaf)
-        place, stride = jnp.zeros(bits.shape, jnp.uint32), 1
-        for axis in reversed(range(bits.ndim)):  # no reshape: it would gather what is sharded
-            place += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride)
-            stride = stride * bits.shape[axis] % 2**32
-        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)  # odd factors lose no bit
-
-    return jnp.stack([one(leaf) for leaf in jax.tree.leaves(tree)])
-
-
 def _json(place: Path) -> dict[str, Any]:
     handler = ocp.JsonCheckpointHandler()
     try:
@@ -386,14 +370,6 @@ def _shows_damage(error: BaseException) -> bool:
         return isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
     of_content = ValueError | LookupError | AttributeError | TypeError
     return isinstance(error, of_content) and not str(error).startswith(_NO_DAMAGE)
-
-
-def _as_uint32(leaf: jax.Array) -> jax.Array:
-    if leaf.dtype == jnp.bool_:
-        return leaf.astype(jnp.uint32)
-    # 8 bytes become two numbers, along an axis of their own
-    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
-    return jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
 
 
 def _split(state: TrainState) -> tuple[Any, dict[str, Any]]:

@@ -5,10 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distillspec_jax.models.config import ModelConfig
-from distillspec_jax.models.fingerprint import fingerprint
+from distillspec_jax.models.fingerprint import checksums, fingerprint
 from distillspec_jax.models.transformer import Transformer
 
 MODEL = Transformer(ModelConfig("one", 11, 7, 2, 3, 13, 1, num_decoder_layers=1))
@@ -55,3 +56,24 @@ def test_where_the_weights_lie_does_not_count():
         for name, value in params().items()
     }
     assert fingerprint(MODEL, spread) == fingerprint(MODEL, params())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32", "bfloat16", "bool", "uint32", "uint8"])
+def test_checksums_see_each_bit_and_the_order(dtype):
+    values = np.arange(13) % 2 == 0 if dtype == "bool" else np.arange(13)
+    array = jnp.asarray(values, dtype)
+    base = np.asarray(checksums({"a": array}))
+    for index in range(13):
+        raw = np.array(array)
+        raw.view(np.uint8).reshape(13, -1)[index, 0] ^= 1
+        assert np.asarray(checksums({"a": jnp.asarray(raw)})) != base
+    if dtype != "bool":
+        assert np.asarray(checksums({"a": array[::-1]})) != base
+
+
+def test_checksums_do_not_depend_on_the_layout():
+    mesh = jax.make_mesh((8,), ("data",))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    array = jax.random.normal(jax.random.key(0), (24, 5))
+    spread = jax.device_put(array, split)
+    np.testing.assert_array_equal(checksums([array]), checksums([spread]))
