@@ -1,6 +1,6 @@
 """A product of few rows for the host's own vector registers, which XLA calls as a foreign function.
 
-    for each strip of the weights' lines          32 lines, 64 for several groups of rows
+    for each strip of the weights' lines          12 to 64 lines
       for each tile of outputs                    as many vectors as the registers hold
         for each group of rows                    8 of them; the tile's weights stay in the cache
           for each line of the strip              every weight is fetched once, in order
@@ -34,12 +34,15 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 
 GROUP = 8  # rows whose outputs share the registers
-STRIP = 32  # lines of weights between two visits of a tile: what prefetching can hold
 SHARED = 2**16  # weights: fewer are not worth waking a second thread for
 
 _FEATURES = llvm.get_host_cpu_features()
 LANES = 16 if _FEATURES.get("avx512f") else 8 if _FEATURES.get("avx2") else 4  # float32 a register
 REGISTERS = 16 if LANES == 8 else 32
+# Lines of weights between two visits of a tile, for each of the first two groups of rows, while
+# reading is the cost: as many as the processor follows as it fetches ahead. AMD's loses track of
+# more. With more rows arithmetic is the cost, and LONGEST.
+STRIP, LONGEST = 12 if llvm.get_host_cpu_name().startswith("znver") else 32, 64
 
 BYTE, INT, LONG, VOID = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.VoidType()
 FLOAT, POINTER = ir.FloatType(), BYTE.as_pointer()
@@ -348,9 +351,9 @@ class _Kernel:
         """Outputs first..last, strip by strip; in a strip tile by tile, for all rows."""
         code = self.code
         whole = code.sub(last, code.urem(code.sub(last, first), LONG(self.wide)))
-
-        several = code.icmp_unsigned(">", self.rows, LONG(GROUP))
-        height = code.select(several, LONG(2 * STRIP), LONG(STRIP))
+        groups = self._ceil(self.rows, LONG(GROUP))
+        reads = code.icmp_unsigned("<", groups, LONG(3))
+        height = code.select(reads, code.mul(groups, LONG(STRIP)), LONG(LONGEST))
         with self._loop(self.begin, self.lines, height) as strip:
             end = self._least(code.add(strip, height), self.lines)
             for start, stop, width in ((first, whole, self.wide), (whole, last, LANES)):
