@@ -18,7 +18,14 @@ from distillspec_jax.decoding.sampling import Sampling
 from distillspec_jax.decoding.state import Speculation
 from distillspec_jax.models.presets import preset
 from experiments import distill, planning
-from experiments.benchmarks import decode, decode_plain, decode_products, loop
+from experiments.benchmarks import (
+    decode,
+    decode_plain,
+    decode_products,
+    distill_steps,
+    distill_teacher,
+    loop,
+)
 from experiments.benchmarks import distill as distilling
 from experiments.models import Loaded, outline
 from experiments.planning import bytes_of, make_virtual_devices, shape_of_key
@@ -139,7 +146,7 @@ def _of_pair(config: distilling.Config, part: str) -> Outline:
     key, pair = f"config.distill.{part}", getattr(config, part)
     options = f"{key}.batch_size", f"{key}.input_length", f"{key}.target_length"
     call = Call(pair.batch_size, pair.input_length, pair.target_length, options)
-    steps = distilling.steps_of(config, part, 0, abstract=True)
+    steps = distill_steps.steps_of(config, part, 0, abstract=True)
     one = next(iter(steps.values()))
     models = {
         "target": Loaded(pair.target, one.target, one.target_params),
@@ -159,7 +166,7 @@ def _of_teacher(config: distilling.Config) -> Outline:
     options = "config.distill.teacher_batch_sizes", "config.distill.teacher_length"
     call = Call(rows, task.input_length, config.teacher_length, options)
     models = target.model, target.params, draft.model, draft.params
-    calls: dict[str, Any] = distilling.taught(config, *models, _batch(rows, task), 0)
+    calls: dict[str, Any] = distill_teacher.taught(config, *models, _batch(rows, task), 0)
     programs = [Program(name, each.func.lower(*each.args), call) for name, each in calls.items()]
     state, *_ = calls["plain_step"].args
     held = {"target": target, "draft": draft}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from distillspec_jax.data.batch import Batch
-from distillspec_jax.distill import divergences
+from distillspec_jax.distill import divergences, recipes
 from distillspec_jax.distill.step import make_update
 from distillspec_jax.errors import UserError
 from distillspec_jax.evaluation.latency import Clock, Timing
@@ -16,7 +16,7 @@ from distillspec_jax.models.presets import preset
 from distillspec_jax.models.transformer import Transformer, init_params
 from distillspec_jax.training.optimizers import make_optimizer
 from distillspec_jax.training.state import TrainState
-from experiments.benchmarks import distill
+from experiments.benchmarks import distill, distill_steps, distill_teacher
 from experiments.benchmarks.distill import Config, Pair
 
 TINY = Pair(target="cpu_draft", draft="cpu_draft", batch_size=6, input_length=3, target_length=48)
@@ -51,7 +51,7 @@ def test_chunks_bound_the_memory_of_logits():
 def test_operations_are_counted_without_the_kernel_of_the_cpu():
     """By hand: two for each weight and token, and twice as many more where it is learnt."""
     pair = Pair(target="cpu_t5_target", draft="cpu_t5_draft", batch_size=4, target_length=16)
-    ours = distill.Ours(pair, distill.recipes.named("supkd"), seed=3, abstract=True)
+    ours = distill_steps.Ours(pair, recipes.named("supkd"), seed=3, abstract=True)
     expected = 0.0
     for model, passes in ((ours.target, 2), (ours.draft, 6)):
         c = model.config
@@ -69,12 +69,12 @@ def test_operations_are_counted_without_the_kernel_of_the_cpu():
 def test_utilisation_is_a_share_of_the_peak(monkeypatch, teraflops, spread):
     seconds = {"update": np.array([2.0, 4.0, 1.0]), "product": np.array([2.0, 4.0, 2.0])}
     monkeypatch.setattr(
-        distill,
+        distill_steps,
         "side_by_side",
         lambda calls, **_: {name: Timing(seconds[name], 9.0) for name in calls},
     )
     size = 100  # 2e6 operations
-    monkeypatch.setattr(distill.Ours, "flops", lambda self: float(size**3) * 4)
+    monkeypatch.setattr(distill_steps.Ours, "flops", lambda self: float(size**3) * 4)
     config = Config(
         parts=("utilisation",), utilisation=TINY, peak_teraflops=teraflops, product_size=size
     )
@@ -89,7 +89,7 @@ def test_utilisation_is_a_share_of_the_peak(monkeypatch, teraflops, spread):
 def test_no_text_ends_before_the_limit():
     """Rollouts of full length: every row of both models, without an end of sequence."""
     pair = dataclasses.replace(TINY, target_length=19)
-    ours = distill.Ours(pair, distill.recipes.named("gkd"), seed=3, decoder_only=True)
+    ours = distill_steps.Ours(pair, recipes.named("gkd"), seed=3, decoder_only=True)
     batch, metrics = ours.calls()["rollout"]()
     total, rows = metrics["rollout_length"]
     assert rows == 6
@@ -101,7 +101,7 @@ def test_no_text_ends_before_the_limit():
 
 def test_memory_is_what_a_call_adds_whoever_allocates_it():
     held = [np.ones(2**23)]  # 64 MiB from before do not count
-    found = distill.added_bytes(lambda: np.ones(2**22).sum())
+    found = distill_steps.added_bytes(lambda: np.ones(2**22).sum())
     if found is None:
         pytest.skip("the system does not tell the peak of a process")
     assert 32 * 2**20 * 0.9 < found < held[0].nbytes
@@ -149,7 +149,7 @@ def test_the_torch_baseline_learns_by_our_loss(monkeypatch):
     monkeypatch.setattr(torch_distill, "t5_model", with_our_weights)
     theirs = torch_distill.t5_update(draft.config, target.config, inputs, targets)
     rule = make_optimizer(distill.OPTIMIZER, 1_000)
-    update = jax.jit(make_update(draft, target, distill.recipes.named("supkd"), rule))
+    update = jax.jit(make_update(draft, target, recipes.named("supkd"), rule))
     state = TrainState.create(params["draft"], rule, seed=0)
     losses = []
     for _ in range(2):
@@ -267,7 +267,7 @@ def test_the_teacher_s_rates_are_of_the_tokens_that_each_way_wrote(models, monke
             dict.fromkeys(decoders, 0.0),
         )
 
-    monkeypatch.setattr(distill, "race", timed)
+    monkeypatch.setattr(distill_teacher, "race", timed)
     summary, records = taught(models, 1, 5)
     assert [row["batch_size"] for row in records] == [1] * 4 + [5] * 4
     expected = {"rollout_speedup": 2.0, "step_speedup": 3.0}

@@ -10,7 +10,13 @@ from distillspec_jax.data.tasks import TaskConfig, load_task
 from distillspec_jax.decoding import speculative
 from distillspec_jax.models.presets import preset
 from experiments import benchmark, distill, planning, planning_benchmark
-from experiments.benchmarks import decode, decode_plain, decode_products
+from experiments.benchmarks import (
+    decode,
+    decode_plain,
+    decode_products,
+    distill_steps,
+    distill_teacher,
+)
 from experiments.benchmarks import distill as distilling
 from experiments.models import load
 
@@ -113,7 +119,7 @@ def test_products_are_the_weights_of_a_decoder(decoding):
 
 @pytest.mark.parametrize("part", ["trl_small", "chunked", "utilisation"])
 def test_steps_are_planned_as_they_are_timed(learning, part):
-    outline, steps = learning[part], distilling.steps_of(DISTILL, part, 0)
+    outline, steps = learning[part], distill_steps.steps_of(DISTILL, part, 0)
     assert [program.name for program in outline.programs] == list(steps)
     for program, (name, step) in zip(outline.programs, steps.items(), strict=True):
         assert program.lowered.as_text() == step.lower(name).as_text()
@@ -125,7 +131,7 @@ def test_what_a_target_teaches_is_planned_as_it_is_timed(learning, taught):
     task = load_task(TaskConfig())
     target, draft = load(taught.teacher, task), load(taught.teacher_draft, task)
     models = target.model, target.params, draft.model, draft.params
-    calls = distilling.taught(taught, *models, distilling._stories(2, 1, 0)[0], 0)
+    calls = distill_teacher.taught(taught, *models, distill_teacher.stories(2, 1, 0)[0], 0)
     assert [program.name for program in learning["teacher"].programs] == list(calls)
     for program, call in zip(learning["teacher"].programs, calls.values(), strict=True):
         assert program.lowered.as_text() == call.func.lower(*call.args).as_text()
