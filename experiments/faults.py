@@ -29,7 +29,7 @@ from distillspec_jax.errors import UserError
 from distillspec_jax.progress import Progress
 from distillspec_jax.run_folders import FOLDER
 from distillspec_jax.training.metrics import JSONL
-from experiments import distill, door, planning
+from experiments import distill, door, planning, schema
 from experiments.configs.faults import get_config
 from experiments.workdir import SUMMARY, write_json
 
@@ -81,7 +81,7 @@ def main() -> int | None:
 
 def plan(memory_gib: float | None) -> int | None:
     """Says what the run that is interrupted holds."""
-    config = door.to_dataclass(distill.DistillConfig, get_config(), "config")
+    config = schema.to_dataclass(distill.DistillConfig, get_config(), "config")
     return planning.planner(distill.prepare, planning.trial)(config, memory_gib)
 
 

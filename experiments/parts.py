@@ -24,7 +24,7 @@ from distillspec_jax.training.loop import LoopConfig, Result
 from distillspec_jax.training.metrics import MetricsWriter, Writer
 from distillspec_jax.training.optimizers import OptimizerConfig
 from distillspec_jax.training.state import TrainState
-from experiments import door
+from experiments import door, schema
 from experiments.checks import check_least, check_seeds
 from experiments.models import Loaded, Shardings
 from experiments.workdir import Workdir
@@ -287,7 +287,7 @@ def open_run(
         "seed": config.seed,
         "sources": _sources(config, task, prepared),
     }
-    hosts.check_same(door.flat(description))
+    hosts.check_same(schema.flat(description))
     opened = hosts.on_first(
         lambda: Workdir(
             workdir,

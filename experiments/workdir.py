@@ -20,7 +20,7 @@ from distillspec_jax.errors import UserError
 from distillspec_jax.files import json_object, name_beside, write_text
 from distillspec_jax.hosts import ARRIVALS
 from distillspec_jax.training.metrics import finite
-from experiments import door
+from experiments import schema
 
 CONFIG, LOCK, SUMMARY = "config.json", ".lock", "summary.json"
 RETIRED = {"distill": ("validation_examples",)}  # keys that older runs have and nothing reads
@@ -149,8 +149,8 @@ def _refuse_other_run(
     for key in RETIRED.get(experiment, ()):
         theirs.pop(key, None)
     # Through the dataclass: keys that are newer than the run have their defaults.
-    before = door.to_dataclass(type(config), theirs, str(path / CONFIG))
-    old, new = door.flat(dataclasses.asdict(before)), door.flat(dataclasses.asdict(config))
+    before = schema.to_dataclass(type(config), theirs, str(path / CONFIG))
+    old, new = schema.flat(dataclasses.asdict(before)), schema.flat(dataclasses.asdict(config))
     for key, value in new.items():
         if old[key] != value and key not in may_change:
             raise UserError(

@@ -10,8 +10,8 @@ import pytest
 
 from experiments.configs import quickstart
 from experiments.distill import DistillConfig
-from experiments.door import to_dataclass
 from experiments.evaluate import EvaluateConfig
+from experiments.schema import to_dataclass
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [

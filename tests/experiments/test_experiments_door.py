@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from distillspec_jax.errors import UserError
 from distillspec_jax.training.optimizers import OptimizerConfig
-from experiments import door
+from experiments import door, schema
 from experiments.decoder import DecodeConfig
 from experiments.workdir import Workdir
 
@@ -41,7 +41,7 @@ class Outer:
 
 
 def convert(**values):
-    return door.to_dataclass(Outer, ConfigDict(values), "config")
+    return schema.to_dataclass(Outer, ConfigDict(values), "config")
 
 
 def test_nested_values_lists_and_defaults():
@@ -65,10 +65,10 @@ def test_what_a_section_refuses_is_told_with_the_section():
         ),
     ):
         with pytest.raises(UserError, match=words):
-            door.to_dataclass(OptimizerConfig, values, "config.optimizer")
+            schema.to_dataclass(OptimizerConfig, values, "config.optimizer")
     given = {"target": "a", "max_new_tokens": 0}
     with pytest.raises(UserError, match=r"must be at least 1$"):
-        door.to_dataclass(DecodeConfig, given, "config")
+        schema.to_dataclass(DecodeConfig, given, "config")
 
 
 @pytest.mark.parametrize(

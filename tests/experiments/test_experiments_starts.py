@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import door
+from experiments import schema
 from experiments.configs import own_t5
 from experiments.distill import DistillConfig
 from experiments.evaluate import EvaluateConfig
@@ -23,7 +23,7 @@ def config_of(file, options):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     stage = options.split(",")[-1 if file == "own_t5" else 0]
-    return door.to_dataclass(
+    return schema.to_dataclass(
         CLASSES.get(stage, DistillConfig), module.get_config(options), "config"
     )
 
