@@ -27,6 +27,7 @@ KeysValues = tuple[jax.Array, jax.Array]  # each [B, N, S, H]
 Remember = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 
 ROW_AXES = ("data", "fsdp")  # of the mesh: they split the rows of a batch
+GPU_ROWS = 8  # of a product of a single row there: the least of a matrix unit
 NEG_INF = -1e9  # finite: 0 * NEG_INF is 0, and a row that is masked whole gives no NaN
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -208,9 +209,22 @@ def multiply(
     if cpu_product.serves(rows, flat):
         y = cpu_product.product(rows, flat, transposed)
     else:
-        y = jnp.tensordot(rows, flat, (1, 1 if transposed else 0), preferred_element_type=dtype)
+        y = _xla_product(rows, flat, transposed, dtype)
     outputs = kernel.shape[:1] if transposed else kernel.shape[1:]
     return y.reshape(*x.shape[:-1], *outputs)
+
+
+def _xla_product(rows: jax.Array, kernel: jax.Array, transposed: bool, dtype: Any) -> jax.Array:
+    """Rows [M, K] by a kernel [K, F], or [F, K] transposed: [M, F].
+
+    Of a single row and few weights XLA makes a sum on a GPU: it rounds what it multiplied, writes
+    it and reads it back, three times the traffic of the weights. So the row takes zeros along.
+    """
+    count = len(rows)
+    if count == 1 and jax.default_backend() == "gpu":
+        rows = jnp.pad(rows, ((0, GPU_ROWS - 1), (0, 0)))
+    axes = (1, 1 if transposed else 0)
+    return jnp.tensordot(rows, kernel, axes, preferred_element_type=dtype)[:count]
 
 
 def project(x: jax.Array, kernel: jax.Array) -> list[jax.Array]:

@@ -249,3 +249,25 @@ def test_gradients_of_fused_kernels_are_not_turned_round():
     compiled = jax.jit(updated).lower(kernel, x, kernel).compile().as_text()
     assert " dot(" in compiled or "__ynn_fusion" in compiled
     assert " transpose(" not in compiled
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_single_row_takes_zeros_along_on_a_gpu(monkeypatch, transposed):
+    """Of 8 rows XLA makes a product there, of one a sum; several rows come as they are."""
+    shapes = []
+    tensordot = jnp.tensordot
+
+    def watched(rows, *arguments, **named):
+        shapes.append(rows.shape)
+        return tensordot(rows, *arguments, **named)
+
+    rng = np.random.default_rng(5)
+    kernel = rng.normal(size=(7, 3) if transposed else (3, 7)).astype(np.float32)
+    expected = kernel.T if transposed else kernel
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jnp, "tensordot", watched)
+    for shape in ((1, 1, 3), (1, 2, 3), (2, 1, 3)):
+        x = rng.normal(size=shape).astype(np.float32)
+        y = layers.multiply(jnp.asarray(x), jnp.asarray(kernel), transposed)
+        np.testing.assert_allclose(y, x @ expected, rtol=1e-5, atol=1e-6)
+    assert shapes == [(8, 3), (2, 3), (2, 3)]
