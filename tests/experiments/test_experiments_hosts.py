@@ -122,6 +122,11 @@ def records(workdir):
     return [{k: v for k, v in record.items() if k not in CLOCKS} for record in found]
 
 
+# at some batches of a trained draft two programs for one device are 7e-6 apart, as on an AMD CPU,
+# while their losses agree to 1e-7 and the weights after all steps to 2e-7
+ROUNDING = {"grad_norm": 5e-5}
+
+
 def assert_same_numbers(left, right):
     left, right = records(left), records(right)
     assert [list(record) for record in left] == [list(record) for record in right]
@@ -130,7 +135,8 @@ def assert_same_numbers(left, right):
             if isinstance(value, str):
                 assert value == b[key]
             else:
-                np.testing.assert_allclose(value, b[key], rtol=1e-5, err_msg=f"{key}, {a['step']}")
+                where, rtol = f"{key}, {a['step']}", ROUNDING.get(key, 1e-5)
+                np.testing.assert_allclose(value, b[key], rtol=rtol, err_msg=where)
 
 
 def assert_same_texts(left, right):
@@ -145,8 +151,11 @@ def assert_same_texts(left, right):
 
 
 def assert_same_weights(left, right):
-    """Of the kept drafts, to 1e-5 of the largest weight of each array."""
-    left, right = (zoo.load(folder)[1] for folder in (left, right))
+    """Of the last step, to 1e-5 of the largest weight of each array; the best may be the first."""
+    left, right = (
+        zoo.load(max((folder / "checkpoints").iterdir(), key=lambda step: int(step.name)))[1]
+        for folder in (left, right)
+    )
 
     def same(a, b):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
