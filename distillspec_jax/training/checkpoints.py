@@ -94,10 +94,18 @@ class Checkpoints:
         self._clerk = ThreadPoolExecutor(1, "checkpoints")
         self._filing: Future[Any] | None = None
         newest = checkpoint_managers.LatestN(keep_last)
+        hosts.on_first(lambda: self._folder.mkdir(parents=True, exist_ok=True))
+        # Orbax lets processes that it is told by number meet at their coordinator, others in a
+        # program on the devices, which has to keep its place among the steps
+        together = set(range(jax.process_count())) if jax.process_count() > 1 else None
         self._manager = ocp.CheckpointManager(
             self._folder,
             item_names=ITEMS,
             options=ocp.CheckpointManagerOptions(
+                create=False,
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    active_processes=together
+                ),
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, self._best]),
                 cleanup_tmp_directories=True,  # what a killed save left behind
             ),
@@ -107,8 +115,7 @@ class Checkpoints:
         """Saves `state` and the loop's `memory` (JSON); returns when the arrays are copied.
 
         Writing goes on behind; an error of it is raised by the next call of this object. So does
-        Orbax's bookkeeping, half a millisecond an array, if the state is small; on several hosts
-        it meets the others, which has to keep its place among what the steps say to them.
+        Orbax's bookkeeping, half a millisecond an array, if the state is small.
         """
         self.wait()  # a death loses no more than this save and the steps since
         step = int(state.step)
@@ -121,12 +128,12 @@ class Checkpoints:
         params, training = _split(state)
         training["checksums"] = checksums((params, training))
         size = sum(leaf.nbytes for leaf in jax.tree.leaves((params, training)))
-        is_behind = size <= SMALL and jax.process_count() == 1
-        if is_behind:
+        is_small = size <= SMALL
+        if is_small:
             params, training = _copy((params, training))  # the next step takes the state's memory
         description = self._describe(step, best)
         file = functools.partial(self._file, params, training, description, dict(memory))
-        if is_behind:
+        if is_small:
             self._filing = self._clerk.submit(file)
         else:
             with self._told():

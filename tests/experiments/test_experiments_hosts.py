@@ -76,6 +76,20 @@ def with_digests(make):
 step.make_rollout = with_digests(step.make_rollout)
 """
 
+# and this says which thread keeps Orbax's books of a save
+FILED = """
+import threading
+from distillspec_jax.training.checkpoints import Checkpoints
+
+def saying(file):
+    def said(*args):
+        print("filed by", threading.current_thread().name, flush=True)
+        file(*args)
+    return said
+
+Checkpoints._file = saying(Checkpoints._file)
+"""
+
 
 @pytest.fixture
 def start(environment, config_file, tmp_path):
@@ -85,7 +99,7 @@ def start(environment, config_file, tmp_path):
     def start(workdir, hosts, devices, mesh, *flags, **more):
         loop = {"log_every": 1, "evaluate_every": 0, "save_every": 3}
         config = config_file("distill", mesh=mesh, loop=loop)
-        config.write_text(config.read_text() + DIGESTS)
+        config.write_text(config.read_text() + DIGESTS + FILED)
         arguments = [f"--config={config}", f"--workdir={tmp_path / workdir}", *flags]
         command = ["bash", "launch/local_hosts.sh", str(hosts), "distill", *arguments]
         if hosts == 1:
@@ -191,6 +205,7 @@ def test_several_hosts_take_the_steps_of_one(start, tmp_path, count, devices, me
     assert_same_numbers(tmp_path / "several", tmp_path / "alone")
     assert_same_weights(tmp_path / "several", tmp_path / "alone")
     assert several.count("weights of step ") == 1  # one process talks
+    assert set(re.findall(r"filed by (\w+)", several)) == {"checkpoints_0"}  # beside the steps
     assert f"[0]   devices: {count * devices} x cpu on {count} hosts" in several
 
 
