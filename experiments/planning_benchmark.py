@@ -93,7 +93,7 @@ def _of_shape(config: decode.Config, shape: str) -> Outline:
             sampling=decode_plain.GREEDY,
         )
         programs.append(drafted(speculation, models["model"], models["draft"], call))
-    memory = config.read_megabytes * MEGABYTE
+    memory = 2 * config.read_megabytes * MEGABYTE  # a device copies it
     return Outline(f"benchmark decode, {shape}", models, programs, copies=memory)
 
 

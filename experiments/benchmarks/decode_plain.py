@@ -71,17 +71,24 @@ def named(row: Row, key: str, name: str) -> Row:
 class Memory:
     """A block of the memory that holds the weights, to learn how fast it can be read.
 
-    A CPU's is read by all cores at once, a device's by a compiled reduction.
+    A CPU's is read by all cores at once; a device's by a compiled reduction and by a copy, which
+    writes as much, and the faster of the two counts.
     """
 
     def __init__(self, megabytes: int) -> None:
         block = on_large_pages(jnp.ones(megabytes * 2**18))
-        self.bytes = block.nbytes
-        self.read: Callable[[], Any] = (
-            _reader_of_cores(np.asarray(block))
-            if jax.default_backend() == "cpu"
-            else functools.partial(_largest, block)
-        )
+        self._moved = {"read": block.nbytes}
+        self.calls: dict[str, Callable[[], Any]] = {}
+        if jax.default_backend() == "cpu":
+            self.calls["read"] = _reader_of_cores(np.asarray(block))
+        else:
+            self._moved["copy"] = 2 * block.nbytes
+            self.calls["read"] = functools.partial(_largest, block)
+            self.calls["copy"] = functools.partial(_negative, block)
+
+    def bandwidth(self, seconds: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Bytes a second in every round [rounds], from the seconds of `calls`."""
+        return np.max([moved / seconds[name] for name, moved in self._moved.items()], axis=0)
 
 
 def _reader_of_cores(block: np.ndarray) -> Callable[[], Any]:
@@ -91,7 +98,7 @@ def _reader_of_cores(block: np.ndarray) -> Callable[[], Any]:
     return lambda: max(pool.map(np.bitwise_or.reduce, parts))
 
 
-_largest = jax.jit(jnp.max)
+_largest, _negative = jax.jit(jnp.max), jax.jit(jnp.negative)
 
 
 def decoder_bytes(model: Transformer, params: Params) -> int:
@@ -170,7 +177,7 @@ class _Run:
         calls: dict[str, Callable[[], Any]] = {
             "plain": plain,
             "encode": lambda: _start(self._model, self._params, inputs, new_tokens),
-            "read": self._memory.read,
+            **self._memory.calls,
         }
         calls |= {"huggingface": huggingface} if self._peer else {}
         calls |= self._drafted(inputs, new_tokens)
@@ -242,7 +249,7 @@ class _Run:
         block = (seconds["speculative"] - source) / blocks
         read = decoder_bytes(self._model, self._params) + layer_bytes(self._draft[1])
         read += self._config.fresh_gamma * decoder_bytes(*self._draft)
-        bandwidth = self._memory.bytes / seconds["read"]
+        bandwidth = self._memory.bandwidth(seconds)
         return {
             "draft": self._draft[0].config.name,
             "gamma": self._config.fresh_gamma,
@@ -266,7 +273,7 @@ class _Run:
         """Ratios of the rounds. The time of a token is without the reading of the source."""
         seconds = {name: timing.seconds for name, timing in timings.items()}
         step = (seconds["plain"] - seconds["encode"]) / new_tokens
-        bandwidth = self._memory.bytes / seconds["read"]
+        bandwidth = self._memory.bandwidth(seconds)
         read = decoder_bytes(self._model, self._params) / bandwidth
         row = {
             **{f"{name}_seconds": timing.median for name, timing in timings.items()},

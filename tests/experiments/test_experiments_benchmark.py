@@ -165,16 +165,21 @@ def test_the_time_of_a_token_is_without_the_source():
     assert found["plain_over_weight_read"] == pytest.approx(3 / (weights * 0.5), rel=1e-6)
 
 
-@pytest.mark.parametrize(("backend", "kind"), [("cpu", np.integer), ("gpu", jax.Array)])
-def test_memory_is_read_where_the_weights_are(monkeypatch, backend, kind):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    memory = decode_plain.Memory(2)
-    assert isinstance(memory.read(), kind)
-    assert memory.read() == (1 if backend == "gpu" else np.ones(2, np.float32).view(np.int64)[0])
-    assert memory.bytes == 2 * 2**20
-    if backend == "gpu":  # all of it is read
-        compiled = memory.read.func.lower(*memory.read.args).compile()
-        assert compiled.cost_analysis()["bytes accessed"] >= memory.bytes
+def test_memory_is_read_where_the_weights_are(monkeypatch):
+    on_cpu = decode_plain.Memory(2)
+    assert on_cpu.calls["read"]() == np.ones(2, np.float32).view(np.int64)[0]
+    assert on_cpu.bandwidth({"read": np.array([0.5, 2.0])}).tolist() == [2**22, 2**20]
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    on_device = decode_plain.Memory(2)
+    assert on_device.calls["read"]() == 1
+    assert np.all(on_device.calls["copy"]() == -1)
+    for call, moved in (("read", 2**21), ("copy", 2**22)):
+        compiled = on_device.calls[call].func.lower(*on_device.calls[call].args).compile()
+        assert compiled.cost_analysis()["bytes accessed"] >= moved  # all of it
+    # the faster of the two, in every round
+    seconds = {"read": np.array([0.5, 2.0]), "copy": np.array([2.0, 1.0])}
+    assert on_device.bandwidth(seconds).tolist() == [2**22, 2**22]
 
 
 def test_the_growth_with_the_length_is_of_each_round(monkeypatch):
