@@ -136,12 +136,8 @@ def records(workdir):
     return [{k: v for k, v in record.items() if k not in CLOCKS} for record in found]
 
 
-# at some batches of a trained draft two programs for one device are 7e-6 apart, as on an AMD CPU,
-# while their losses agree to 1e-7 and the weights after all steps to 2e-7
-ROUNDING = {"grad_norm": 5e-5}
-
-
-def assert_same_numbers(left, right):
+def assert_same_numbers(left, right, norms=1e-5):
+    """To 1e-5; norms of gradients to `norms`."""
     left, right = records(left), records(right)
     assert [list(record) for record in left] == [list(record) for record in right]
     for a, b in zip(left, right, strict=True):
@@ -149,8 +145,8 @@ def assert_same_numbers(left, right):
             if isinstance(value, str):
                 assert value == b[key]
             else:
-                where, rtol = f"{key}, {a['step']}", ROUNDING.get(key, 1e-5)
-                np.testing.assert_allclose(value, b[key], rtol=rtol, err_msg=where)
+                rtol = norms if key == "grad_norm" else 1e-5
+                np.testing.assert_allclose(value, b[key], rtol=rtol, err_msg=f"{key}, {a['step']}")
 
 
 def assert_same_texts(left, right):
@@ -202,7 +198,10 @@ def test_several_hosts_take_the_steps_of_one(start, tmp_path, count, devices, me
     several = finish(start("several", count, devices, mesh, *flags))
     finish(start("alone", 1, 1, {}, *flags))
     assert_same_texts(tmp_path / "several", tmp_path / "alone")
-    assert_same_numbers(tmp_path / "several", tmp_path / "alone")
+    # at some batches of a trained draft programs for one device, too, are 7e-6 apart (an AMD CPU),
+    # while their losses agree to 1e-6 and the weights after all steps to 2e-7
+    norms = 5e-5 if flags is PACKAGED else 1e-5
+    assert_same_numbers(tmp_path / "several", tmp_path / "alone", norms)
     assert_same_weights(tmp_path / "several", tmp_path / "alone")
     assert several.count("weights of step ") == 1  # one process talks
     assert set(re.findall(r"filed by (\w+)", several)) == {"checkpoints_0"}  # beside the steps
