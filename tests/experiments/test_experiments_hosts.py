@@ -16,6 +16,7 @@ import pytest
 
 from distillspec_jax import hosts, zoo
 from distillspec_jax.errors import UserError
+from distillspec_jax.run_folders import FOLDER, saved_steps
 from experiments import door
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,8 +137,7 @@ def records(workdir):
     return [{k: v for k, v in record.items() if k not in CLOCKS} for record in found]
 
 
-def assert_same_numbers(left, right, norms=1e-5):
-    """To 1e-5; norms of gradients to `norms`."""
+def assert_same_numbers(left, right):
     left, right = records(left), records(right)
     assert [list(record) for record in left] == [list(record) for record in right]
     for a, b in zip(left, right, strict=True):
@@ -145,8 +145,7 @@ def assert_same_numbers(left, right, norms=1e-5):
             if isinstance(value, str):
                 assert value == b[key]
             else:
-                rtol = norms if key == "grad_norm" else 1e-5
-                np.testing.assert_allclose(value, b[key], rtol=rtol, err_msg=f"{key}, {a['step']}")
+                np.testing.assert_allclose(value, b[key], rtol=1e-5, err_msg=f"{key}, {a['step']}")
 
 
 def assert_same_texts(left, right):
@@ -163,7 +162,7 @@ def assert_same_texts(left, right):
 def assert_same_weights(left, right):
     """Of the last step, to 1e-5 of the largest weight of each array; the best may be the first."""
     left, right = (
-        zoo.load(max((folder / "checkpoints").iterdir(), key=lambda step: int(step.name)))[1]
+        zoo.load(folder / FOLDER / str(saved_steps(folder / FOLDER)[-1]))[1]
         for folder in (left, right)
     )
 
@@ -198,11 +197,8 @@ def test_several_hosts_take_the_steps_of_one(start, tmp_path, count, devices, me
     several = finish(start("several", count, devices, mesh, *flags))
     finish(start("alone", 1, 1, {}, *flags))
     assert_same_texts(tmp_path / "several", tmp_path / "alone")
-    # at some batches of a trained draft programs for one device, too, are 7e-6 apart (an AMD CPU),
-    # while their losses agree to 1e-6 and the weights after all steps to 2e-7
-    norms = 5e-5 if flags is PACKAGED else 1e-5
-    assert_same_numbers(tmp_path / "several", tmp_path / "alone", norms)
     assert_same_weights(tmp_path / "several", tmp_path / "alone")
+    assert_same_numbers(tmp_path / "several", tmp_path / "alone")
     assert several.count("weights of step ") == 1  # one process talks
     assert set(re.findall(r"filed by (\w+)", several)) == {"checkpoints_0"}  # beside the steps
     assert f"[0]   devices: {count * devices} x cpu on {count} hosts" in several

@@ -20,6 +20,7 @@ from distillspec_jax.data.tasks import TaskConfig, load_task
 from distillspec_jax.data.vocabulary import load_vocabulary
 from distillspec_jax.distill.recipes import RECIPES, Recipe
 from distillspec_jax.errors import UserError
+from distillspec_jax.run_folders import FOLDER, saved_steps
 from distillspec_jax.training.loop import LoopConfig
 from distillspec_jax.training.optimizers import OptimizerConfig
 from experiments import distill, parts, watching
@@ -58,7 +59,7 @@ def summary(workdir):
 def assert_same_weights(left, right):
     """Of the last step: the best, which is what a workdir loads as, may be the first."""
     left, right = (
-        zoo.load(max((folder / "checkpoints").iterdir(), key=lambda step: int(step.name)))[1]
+        zoo.load(folder / FOLDER / str(saved_steps(folder / FOLDER)[-1]))[1]
         for folder in (left, right)
     )
     assert jax.tree.structure(left) == jax.tree.structure(right)
