@@ -1,11 +1,12 @@
 """Speculative sampling: a draft proposes blocks, the target keeps what its own law allows.
 
 One compiled loop for a batch whose rows advance apart. Every block starts with exactly one pending
-token per row, emitted but fed to neither model, so both caches always hold the same prefix:
+token per row, emitted but fed to neither model. The draft is one token further behind, for it never
+read the last one it wrote: it begins every block with two, the one before the pending one again.
 
-    pending t | draft writes x_1 x_2 x_3 | target reads t x_1 x_2 x_3, gives p_1 .. p_4
-    n = 2     | emitted x_1 x_2 t'       | both caches keep t x_1 x_2; t' is pending
-    n = 3     | emitted x_1 x_2 x_3 t'   | both keep t x_1 x_2 x_3: the draft was fed x_3, too
+    previous s, pending t | draft reads s t, writes x_1 x_2 x_3 | target reads t x_1 x_2 x_3
+    n = 2 | emitted x_1 x_2 t'     | the target's cache keeps t x_1 x_2, the draft's t x_1
+    n = 3 | emitted x_1 x_2 x_3 t' | the target's keeps t x_1 x_2 x_3, the draft's t x_1 x_2
 
 Conventions (arXiv 2310.08461; 2211.17192):
 - The end-of-sequence is a token like any other. A row that drafts it drafts no further; if it is
@@ -53,12 +54,11 @@ from distillspec_jax.decoding.state import (
     no_statistics,
 )
 from distillspec_jax.decoding.verification import choose_rule
-from distillspec_jax.models.cache import rollback
+from distillspec_jax.models.cache import Cache, rollback
 from distillspec_jax.models.transformer import (
     Params,
     Transformer,
     extend_hidden,
-    feed,
     next_logits,
     start,
     unembed,
@@ -162,10 +162,14 @@ def begin(
     target_cache, pending = start(s.target, target_params, inputs, limit)
     draft_cache, _ = start(s.draft, draft_params, inputs, limit)
     config, hidden = s.target.config, None
+    draft_lengths = jnp.maximum(draft_cache.lengths - 1, 0)
+    # of an encoder-decoder none is read yet, and what stands here is not looked at
+    previous = jnp.take_along_axis(inputs, draft_lengths[:, None], axis=1)[:, 0]
     if s.keeps_hidden:
         hidden = jnp.zeros((batch_size, s.room, config.d_model), config.dtype)
     return State(
         keys=keys.row_keys(rng, row_ids),
+        previous=previous,
         pending=pending,
         active=row_ids >= 0,
         allowance=first_allowance(s.block_length, s.gamma, batch_size),
@@ -175,7 +179,7 @@ def begin(
         statistics=no_statistics(batch_size, s.gamma),
         hidden=hidden,
         target_cache=per_draft(target_cache, s.num_drafts),
-        draft_cache=per_draft(draft_cache, s.num_drafts),
+        draft_cache=per_draft(rollback(draft_cache, draft_lengths), s.num_drafts),
     )
 
 
@@ -196,20 +200,21 @@ def advance(
     if state.hidden is not None:
         hidden = follow(hidden, verdict.path, s.num_drafts)
         after = after.replace(hidden=_write(state.hidden, hidden, state.lengths))
-    # Both caches keep the pending token and the accepted ones; frozen rows do not move.
+    # The pending token and the accepted ones are kept; frozen rows do not move.
     kept = per_draft(jnp.where(after.active, 1 + verdict.num_accepted, 0), s.num_drafts)
+    lengths = state.target_cache.lengths + kept
     target_cache = share_cache(target_cache, verdict.path, s.num_drafts)
     draft_cache = share_cache(draft.cache, verdict.path, s.num_drafts)
     return after.replace(
-        target_cache=rollback(target_cache, state.target_cache.lengths + kept),
-        draft_cache=rollback(draft_cache, state.draft_cache.lengths + kept),
+        target_cache=rollback(target_cache, lengths),
+        draft_cache=rollback(draft_cache, jnp.maximum(lengths - 1, 0)),
     )
 
 
 def draft_block(
     speculation: Speculation, draft_params: Params, state: State, uniforms: Uniforms
 ) -> Draft:
-    """Drafts until every active row has stopped, then feeds the last token for its cache alone.
+    """Drafts until every active row has stopped; nothing reads the last token any more.
 
     A row stops behind an end-of-sequence, at its allowance, or where `block_length` says so; all
     of them draft-side knowledge. A greedy q is one-hot and never unsure, so there `block_length`
@@ -217,16 +222,13 @@ def draft_block(
     """
     s, config = speculation, speculation.draft.config
     sampling = s.draft_sampling or s.sampling
-    pending, active, allowance = per_draft(
-        (state.pending, state.active, state.allowance), s.num_drafts
-    )
-    rows = pending.shape[0]
+    active, allowance = per_draft((state.active, state.allowance), s.num_drafts)
+    rows = active.shape[0]
 
     def some_row_drafts(draft: Draft) -> jax.Array:
         return (draft.steps < s.gamma) & jnp.any(draft.active)
 
-    def step(draft: Draft) -> Draft:
-        logits, cache = next_logits(s.draft, draft_params, draft.cache, draft.last)
+    def step(draft: Draft, logits: jax.Array, cache: Cache) -> Draft:
         token, probs = draw(logits, uniforms.draft[:, draft.steps], sampling)
         token = jnp.where(draft.active, token, config.pad_id)
         lengths = draft.lengths + draft.active
@@ -250,13 +252,33 @@ def draft_block(
         lengths=jnp.zeros(rows, jnp.int32),
         finite=jnp.ones(rows, bool),
         steps=jnp.zeros((), jnp.int32),
-        last=pending,
+        last=jnp.zeros(rows, jnp.int32),
         active=active,
         cache=state.draft_cache,
     )
-    draft = jax.lax.while_loop(some_row_drafts, step, empty)
-    # A row that keeps all it drafted needs its last token in the draft's cache, too.
-    return draft.replace(cache=feed(s.draft, draft_params, draft.cache, draft.last[:, None]))
+    return jax.lax.while_loop(
+        some_row_drafts,
+        lambda draft: step(draft, *next_logits(s.draft, draft_params, draft.cache, draft.last)),
+        step(empty, *_first_logits(s, draft_params, state)),
+    )
+
+
+def _first_logits(
+    speculation: Speculation, draft_params: Params, state: State
+) -> tuple[jax.Array, Cache]:
+    """The draft reads the two last tokens of the text: logits [R, pieces], caught up cache.
+
+    A row with one token alone reads padding behind it, which its cache forgets.
+    """
+    s, config = speculation, speculation.draft.config
+    previous, pending = per_draft((state.previous, state.pending), s.num_drafts)
+    both = state.target_cache.lengths > 0
+    first, second = jnp.where(both, previous, pending), jnp.where(both, pending, config.pad_id)
+    tokens = jnp.stack([first, second], axis=1)
+    hidden, cache = extend_hidden(s.draft, draft_params, state.draft_cache, tokens)
+    last = jnp.where(both[:, None], hidden[:, 1], hidden[:, 0])
+    logits = unembed(s.draft, draft_params, last[:, None])[:, 0, : config.num_pieces]
+    return logits, rollback(cache, state.target_cache.lengths + 1)
 
 
 def verify(
@@ -301,9 +323,12 @@ def emit(speculation: Speculation, state: State, verdict: Verdict, draft_steps: 
     block = jnp.where(position < n, tokens, verdict.next_token[:, None])
     origin = jnp.where(all_accepted, BONUS, CORRECTED)[:, None]
     origin = jnp.where(position < n, ACCEPTED, origin)
+    read = jnp.concatenate([state.pending[:, None], verdict.tokens], axis=1)
+    previous = jnp.take_along_axis(read, n, axis=1)[:, 0]
     is_emitted = position < count[:, None]
     statistics = count_block(state.statistics, verdict, draft_steps, count, emits)
     return state.replace(
+        previous=jnp.where(active, previous, state.previous),
         pending=jnp.where(active, verdict.next_token, state.pending),
         active=active,
         allowance=next_allowance(s.block_length, s.gamma, state.allowance, all_accepted),

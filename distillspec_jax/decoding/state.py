@@ -95,8 +95,8 @@ class Statistics(struct.PyTreeNode):
     """Counts per row, summed over its blocks; conventions in `speculative`.
 
     target_calls: [B] int32, blocks verified.
-    draft_steps: [B] forward passes of the draft that gave logits while the row was active, those
-        it only waited in (for other rows of the batch) included.
+    draft_steps: [B] forward passes of the draft while the row was active, those it only waited in
+        (for other rows of the batch) included.
     drafted, tested, accepted, emitted: [B] tokens.
     accepted_histogram: [B, gamma + 1] blocks by number of accepted tokens, from 0 on.
     emitted_histogram: [B, gamma + 1] blocks by number of emitted tokens, from 1 on.
@@ -155,6 +155,8 @@ class State(struct.PyTreeNode):
     """A batch between two blocks. Every leaf has the batch in front; caches have B * num_drafts.
 
     keys: [B] keys of the rows' random numbers.
+    previous: [B] int32, the token before `pending`, which the draft may not have read; arbitrary
+        where there is none.
     pending: [B] int32, the last emitted token; fed to neither model.
     active: [B] bool, rows still writing; the others are frozen.
     allowance: [B] int32, tokens the row may draft in its next block.
@@ -164,6 +166,7 @@ class State(struct.PyTreeNode):
     """
 
     keys: jax.Array
+    previous: jax.Array
     pending: jax.Array
     active: jax.Array
     allowance: jax.Array
@@ -193,7 +196,7 @@ class Draft(struct.PyTreeNode):
 
     tokens: [R, gamma] int32, pad_id from `lengths` [R] on.
     probs: [R, gamma, V] float32, the q that each token was drawn from.
-    finite: [R] bool. steps: [] int32, forward passes that gave logits.
+    finite: [R] bool. steps: [] int32, forward passes.
     last, active: [R], the token to feed next, and whether the draft goes on.
     """
 

@@ -65,7 +65,9 @@ def reverse_kl(target_logits: jax.Array, draft_logits: jax.Array) -> jax.Array:
     target excludes what the draft allows. Gradient: q_v (log(q_v / p_v) - KL(q || p)).
     """
     log_p, log_q = _log_probs(target_logits, draft_logits)
-    return _expected(jnp.exp(log_q), jnp.subtract, log_q, jnp.maximum(log_p, LOG_FLOOR))
+    probs_q, log_p = jnp.exp(log_q), jnp.maximum(log_p, LOG_FLOOR)
+    # as in jsd: the change of log q itself adds nothing but rounding
+    return _expected(probs_q, jnp.subtract, jax.lax.stop_gradient(log_q), log_p)
 
 
 def jsd(target_logits: jax.Array, draft_logits: jax.Array, *, beta: float = 0.5) -> jax.Array:
@@ -80,9 +82,11 @@ def jsd(target_logits: jax.Array, draft_logits: jax.Array, *, beta: float = 0.5)
     log_p, log_q = _log_probs(target_logits, draft_logits)
     probs_p, probs_q = jnp.exp(log_p), jnp.exp(log_q)
     mixture = beta * probs_p + (1 - beta) * probs_q
-    # The gradient through log m is (beta p + (1 - beta) q) / m = 1 for every v: a constant, which
-    # the softmax takes out. Leaving it out is exact, and nothing is divided by a tiny m.
-    log_m = jax.lax.stop_gradient(jnp.log(jnp.where(mixture > 0, mixture, 1.0)))
+    # What log m and log q change by adds up to 0: sum_v m_v dlog m_v = sum_v dm_v = 0. Leaving it
+    # out is exact, divides nothing by a tiny m, and where q is near p a 1 beside log(q / m) would
+    # round most of it away.
+    log_m = jnp.log(jnp.where(mixture > 0, mixture, 1.0))
+    log_m, log_q = jax.lax.stop_gradient((log_m, log_q))
     from_target = _expected(probs_p, jnp.subtract, log_p, log_m)
     return beta * from_target + (1 - beta) * _expected(probs_q, jnp.subtract, log_q, log_m)
 

@@ -321,8 +321,11 @@ def test_poison_behind_the_caches_lengths_changes_nothing(pairs, prompts, kind, 
 
 
 @pytest.mark.parametrize(("kind", "mode"), [(ENCODER_DECODER, "drafts"), (DECODER_ONLY, "token")])
-def test_both_caches_hold_the_text_but_for_the_pending_token(pairs, prompts, kind, mode):
-    """Rolled back and caught up: logits after any block are those of a fresh pass."""
+def test_caches_hold_the_text_but_for_what_is_still_to_be_read(pairs, prompts, kind, mode):
+    """Rolled back and caught up: logits after any block are those of a fresh pass.
+
+    The target's lacks the pending token, the draft's the one before it, too.
+    """
     pair = pairs[kind]
     speculation = Speculation(pair.target, pair.draft, GAMMA, LIMIT, **MODES[mode])
     params = pair.target_params, pair.draft_params
@@ -333,16 +336,17 @@ def test_both_caches_hold_the_text_but_for_the_pending_token(pairs, prompts, kin
         state = advance(*params, state)
     rows = np.flatnonzero(state.active)
     assert len(rows) > 3
-    for model, weights, cache in (
-        (pair.target, params[0], state.target_cache),
-        (pair.draft, params[1], state.draft_cache),
+    previous, pending = state.previous[:, None], state.pending[:, None]
+    for model, weights, cache, unread in (
+        (pair.target, params[0], state.target_cache, pending),
+        (pair.draft, params[1], state.draft_cache, np.concatenate([previous, pending], axis=1)),
     ):
-        fed = np.repeat(state.pending, speculation.num_drafts)[:, None]
+        fed = np.repeat(unread, speculation.num_drafts, axis=0)
         after = np.asarray(jax.jit(extend, static_argnums=0)(model, weights, cache, fed)[0])
         whole = jax.jit(score, static_argnums=0)(model, weights, prompts, state.tokens)
         expected = np.asarray(whole)[rows, np.asarray(state.lengths)[rows]]
         for j in range(speculation.num_drafts):
-            got = after[rows * speculation.num_drafts + j, 0]
+            got = after[rows * speculation.num_drafts + j, -1]
             np.testing.assert_allclose(got, expected, atol=1e-4)
 
 

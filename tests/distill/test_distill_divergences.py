@@ -149,6 +149,18 @@ def test_gradient_is_the_difference_quotient(name):
     np.testing.assert_allclose(gradients(name, z_p, z_q), quotient, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "beta"), [("reverse_kl", 1.0), ("jsd[0.9]", 0.9), ("jsd[0.5]", 0.5), ("jsd[0.1]", 0.1)]
+)
+def test_gradient_of_models_that_nearly_agree_is_not_rounded_away(name, beta):
+    rng = np.random.default_rng(3)
+    z_p = np.float32(8.0 * rng.standard_normal((64, 400)))
+    z_q = np.float32(z_p + 0.01 * rng.standard_normal(z_p.shape))
+    expected = GRADIENTS[name](softmax(np.float64(z_p)), softmax(np.float64(z_q)))
+    error = np.linalg.norm(gradients(name, z_p, z_q) - expected) / np.linalg.norm(expected)
+    assert error < 1.2e-5 / beta  # the gradient is of log(q / m), about beta log(q / p)
+
+
 def readme_table() -> dict[str, list[float]]:
     """name -> value and gradient, as pinned in the README."""
     row = r"^\| `([a-z_]+(?:\[[\d.]+\])?)` \| ([-\d.]+) \| ([-\d., ]+) \|$"
