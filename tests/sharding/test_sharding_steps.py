@@ -58,7 +58,8 @@ def begin(layout, draft_table):
     target = fresh(TARGET, layout, "sharded", 1)
 
     def make(params):
-        return TrainState.create(params, OPTIMIZER, seed=7)
+        # with seed 7 a number of step 16 is a boundary of the float32 law that it draws from
+        return TrainState.create(params, OPTIMIZER, seed=8)
 
     return layout.born(make, fresh(DRAFT, layout, draft_table, 2)), target
 
