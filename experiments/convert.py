@@ -78,7 +78,7 @@ def main() -> None:
         model, params = slim(model, params, name=folder.name, **options)
         print(f"cut to {layout.num_parameters(model.config):,} parameters")
     if _FRESH.value is not None:
-        params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(_FRESH.value))
+        params = init_params(model, jax.random.key(_FRESH.value))
         print(f"weights drawn anew, seed {_FRESH.value}")
     _write(model, params, folder, files, card | {"converted_from": source})
     print(f"{folder}: {_FORMAT.value}, {_DTYPE.value}")

@@ -8,6 +8,7 @@ into the initialisation of the query.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import struct
 from jax.sharding import PartitionSpec
 
 from distillspec_jax.models import cpu_product
@@ -62,17 +64,27 @@ def whole_rows(table: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(table, PartitionSpec(PartitionSpec.UNCONSTRAINED, None))
 
 
-def scaled_normal(
-    scales: float | tuple[float, ...], axes: tuple[str | None, ...]
-) -> Callable[..., Any]:
-    """Normal initialiser with logical axis names; a tuple gives one scale per index of axis 1."""
+class Weight(nn.LogicallyPartitioned):
+    """A parameter with the names of its axes, and what draws a fresh one: (key, shape) -> array."""
 
-    def init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
-        scale = jnp.asarray(scales, dtype)
+    draw: Callable[..., jax.Array] = struct.field(default=nn.initializers.ones, pytree_node=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaledNormal:
+    """Draws from a normal law of mean 0; a tuple gives one scale per index of axis 1."""
+
+    scales: float | tuple[float, ...]
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        scale = jnp.asarray(self.scales, jnp.float32)
         scale = scale.reshape((1, -1) + (1,) * (len(shape) - 2)) if scale.ndim else scale
-        return jax.random.normal(key, shape, dtype) * jnp.broadcast_to(scale, shape)
+        return jax.random.normal(key, shape) * jnp.broadcast_to(scale, shape)
 
-    return nn.with_logical_partitioning(init, axes)
+
+def drawn_by(draw: Callable[..., jax.Array], *axes: str | None) -> Callable[..., Any]:
+    """The initialiser of a `Weight` that `draw` draws."""
+    return lambda key, shape: Weight(draw(key, shape), axes, draw=draw)
 
 
 class RMSNorm(nn.Module):
@@ -82,7 +94,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        ones: Any = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+        ones = drawn_by(nn.initializers.ones, "embed")
         scale = self.param("scale", ones, (self.config.d_model,))
         x32 = x.astype(jnp.float32)
         variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
@@ -121,7 +133,7 @@ class RelativeBias(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        init = scaled_normal(c.d_model**-0.5, ("heads", None))
+        init = drawn_by(ScaledNormal(c.d_model**-0.5), "heads", None)
         self.embedding = self.param("embedding", init, (c.num_heads, c.relative_buckets))
 
     def by_distance(self, low: int, high: int) -> jax.Array:
@@ -242,12 +254,14 @@ class _Attention(nn.Module):
         """Kernel [D, len(scales), N, H] of projections that read the same input."""
         c = self.config
         shape = (c.d_model, len(scales), c.num_heads, c.head_dim)
-        init = scaled_normal(scales, ("embed", None, "heads", "head_dim"))
+        init = drawn_by(ScaledNormal(scales), "embed", None, "heads", "head_dim")
         return self.param(name, init, shape).astype(c.dtype)
 
     def _output_kernel(self) -> jax.Array:
         c = self.config
-        init = scaled_normal((c.num_heads * c.head_dim) ** -0.5, ("heads", "head_dim", "embed"))
+        init = drawn_by(
+            ScaledNormal((c.num_heads * c.head_dim) ** -0.5), "heads", "head_dim", "embed"
+        )
         return self.param("out", init, (c.num_heads, c.head_dim, c.d_model)).astype(c.dtype)
 
     def _merge(self, context: jax.Array) -> jax.Array:
@@ -309,9 +323,10 @@ class MLP(nn.Module):
         c = self.config
         width = c.d_model**-0.5
         scales = (width, width) if c.gated else (width,)
-        into = scaled_normal(scales, ("embed", None, "mlp"))
+        into = drawn_by(ScaledNormal(scales), "embed", None, "mlp")
+        out_of = drawn_by(ScaledNormal(c.d_ff**-0.5), "mlp", "embed")
         wi = self.param("wi", into, (c.d_model, len(scales), c.d_ff)).astype(c.dtype)
-        wo = self.param("wo", scaled_normal(c.d_ff**-0.5, ("mlp", "embed")), (c.d_ff, c.d_model))
+        wo = self.param("wo", out_of, (c.d_ff, c.d_model))
         joint = multiply(x, wi)
         hidden = ACTIVATION_FUNCTIONS[c.activation](joint[:, :, 0])
         if c.gated:

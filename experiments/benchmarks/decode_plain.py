@@ -20,9 +20,8 @@ from distillspec_jax.decoding.state import SpeculativeOutput
 from distillspec_jax.evaluation.latency import Timing, side_by_side
 from distillspec_jax.models.cpu_memory import on_large_pages
 from distillspec_jax.models.presets import preset
-from distillspec_jax.models.transformer import Params, Transformer, start
+from distillspec_jax.models.transformer import Params, Transformer, init_params, start
 from experiments.benchmarks.decode import Config, Found, Row
-from experiments.benchmarks.fresh import fresh_params
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -139,7 +138,7 @@ def endless(shape: str, dtype: str) -> Transformer:
 
 def fresh(model: Transformer, seed: int) -> Params:
     """Weights in the dtype that the model computes in."""
-    params = fresh_params(model, jax.random.key(seed))
+    params = init_params(model, jax.random.key(seed))
     return jax.tree.map(lambda x: x.astype(model.config.dtype), params)
 
 

@@ -22,12 +22,11 @@ from distillspec_jax.distill.step import make_distill_step, make_rollout, make_u
 from distillspec_jax.evaluation.latency import Timing, side_by_side
 from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.models.presets import preset
-from distillspec_jax.models.transformer import Transformer
+from distillspec_jax.models.transformer import Transformer, init_params
 from distillspec_jax.training.optimizers import make_optimizer
 from distillspec_jax.training.state import TrainState
 from experiments.benchmarks.decode_plain import ratio
 from experiments.benchmarks.distill import OPTIMIZER, Config, Found, Pair, Row
-from experiments.benchmarks.fresh import fresh_params
 
 
 def beside_trl(config: Config, seed: int, *, part: str) -> Found:
@@ -167,8 +166,8 @@ class Ours:
 
         def fresh() -> tuple[TrainState, Any]:
             keys = jax.random.split(jax.random.key(seed), 2)
-            state = TrainState.create(fresh_params(self.draft, keys[0]), rule, seed=seed)
-            return state, fresh_params(self.target, keys[1])
+            state = TrainState.create(init_params(self.draft, keys[0]), rule, seed=seed)
+            return state, init_params(self.target, keys[1])
 
         self.state, self.target_params = jax.eval_shape(fresh) if abstract else jax.jit(fresh)()
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from distillspec_jax.models import cache as caches
 from distillspec_jax.models import layers, transformer
@@ -158,6 +159,43 @@ def test_no_logit_depends_on_a_later_token(tiny):
     first = 0 if model.config.is_encoder_decoder else S - 1
     assert reached.max() == first + 4
     assert reached.min() == 0
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_fresh_weights_have_the_laws_of_their_layers_and_no_two_the_same_numbers(name):
+    config = dataclasses.replace(CONFIGS[name], d_ff=31)  # `wo` has the shape of the embedding
+    model, tokens = Transformer(config), jnp.ones((1, 2), jnp.int32)
+    found = transformer.init_params(model, jax.random.key(3))
+    known = nn.unbox(jax.jit(model.init)(jax.random.key(4), tokens, tokens)["params"])
+    assert jax.tree.structure(found) == jax.tree.structure(known)
+    numbers = []
+    for (path, weight), like in zip(
+        jax.tree.leaves_with_path(found), jax.tree.leaves(known), strict=True
+    ):
+        assert weight.shape == like.shape
+        assert weight.dtype == like.dtype == jnp.float32
+        if "scale" in jax.tree_util.keystr(path):
+            np.testing.assert_array_equal(weight, like)
+        else:
+            np.testing.assert_allclose(jnp.std(weight), jnp.std(like), rtol=6 / like.size**0.5)
+            numbers.append(np.ravel(weight / jnp.std(weight))[:8])
+    together = np.abs(np.corrcoef(numbers)) - np.eye(len(numbers))
+    assert len(numbers) >= 15
+    assert together.max() < 0.999
+    assert not np.allclose(
+        found["embedding"], transformer.init_params(model, jax.random.key(4))["embedding"]
+    )
+
+
+def test_layers_share_the_generators_of_their_weights():
+    """XLA takes seconds to compile one, for a GPU above all; each is a loop over its weights."""
+
+    def loops(depth):
+        config = dataclasses.replace(BASE, num_encoder_layers=depth, num_decoder_layers=depth)
+        lowered = transformer.init_params.lower(Transformer(config), jax.random.key(0))
+        return lowered.as_text().count("stablehlo.while")
+
+    assert loops(2) == loops(5) > 5
 
 
 def test_tied_embeddings_are_one_leaf_and_untied_are_two():
