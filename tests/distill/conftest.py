@@ -34,8 +34,7 @@ def make_pair(encoder_layers: int) -> Pair:
     draft = ModelConfig("draft", PIECES + 2, 5, 1, 3, 11, num_decoder_layers=1, **shared)
     models = Transformer(target), Transformer(draft)
     keys = jax.random.split(jax.random.key(5), 2)
-    fresh = jax.jit(init_params, static_argnums=0)
-    params = [fresh(model, key) for model, key in zip(models, keys, strict=True)]
+    params = [init_params(model, key) for model, key in zip(models, keys, strict=True)]
     return Pair(models[0], params[0], models[1], params[1])
 
 

@@ -55,7 +55,7 @@ def fresh(tmp_path_factory):
     layers = dict(num_encoder_layers=1, num_decoder_layers=1)
     config = ModelConfig("tiny", vocabulary.size, **sizes, **layers, tie_embeddings=True)
     model = Transformer(config)
-    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
+    params = init_params(model, jax.random.key(0))
     folder = tmp_path_factory.mktemp("fresh") / "tiny"
     card = {"vocabulary_fingerprint": vocabulary.fingerprint}
     zoo.save_native(model, params, folder, card, dtype="float32")

@@ -148,7 +148,7 @@ def test_clock_pairs_prompts():
 
 def tiny(name):
     model = Transformer(ModelConfig(name, 17, 6, 2, 3, 7, 1, 2))
-    return model, jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
+    return model, init_params(model, jax.random.key(0))
 
 
 def costs_of(clock, monkeypatch, per_call, gammas):
