@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # tiny programs take far longer to compile than to run; see also `_compile_as_needed`
@@ -66,6 +68,24 @@ def device():
     chosen = jax.devices()[0]
     with jax.default_matmul_precision("highest"), jax.default_device(chosen):
         yield chosen
+
+
+def _equations(found: Any) -> Iterator[Any]:
+    if isinstance(found, dict):
+        found = list(found.values())
+    if isinstance(found, list | tuple):
+        for item in found:
+            yield from _equations(item)
+        return
+    for equation in getattr(getattr(found, "jaxpr", found), "eqns", ()):
+        yield equation
+        yield from _equations(equation.params)
+
+
+@pytest.fixture(scope="session")
+def equations() -> Callable[[Any], Iterator[Any]]:
+    """A function that walks all equations of what was traced, those of inner functions, too."""
+    return _equations
 
 
 @pytest.fixture(scope="session")

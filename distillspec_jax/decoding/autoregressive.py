@@ -20,7 +20,13 @@ from distillspec_jax.decoding.checks import check_finite, check_request
 from distillspec_jax.decoding.sampling import STANDARD, Sampling, draw
 from distillspec_jax.errors import check_count, check_kind
 from distillspec_jax.models.cache import Cache
-from distillspec_jax.models.transformer import Params, Transformer, next_logits, start
+from distillspec_jax.models.transformer import (
+    Params,
+    Transformer,
+    in_compute_dtype,
+    next_logits,
+    start,
+)
 
 
 class Generation(struct.PyTreeNode):
@@ -67,6 +73,7 @@ def generate(
     config, batch_size = model.config, inputs.shape[0]
     row_ids = keys.default_row_ids(inputs, row_ids)
     uniforms = keys.position_uniforms(keys.row_keys(rng, row_ids), max_new_tokens)
+    params = in_compute_dtype(model, params)
     cache, pending = start(model, params, inputs, max_new_tokens)
     output = Generation(
         tokens=jnp.full((batch_size, max_new_tokens), config.pad_id, jnp.int32),

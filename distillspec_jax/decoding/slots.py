@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distillspec_jax.decoding.checks import check_finite, check_request
-from distillspec_jax.decoding.speculative import advance, begin, output_of
+from distillspec_jax.decoding.speculative import advance, begin, in_compute_dtypes, output_of
 from distillspec_jax.decoding.state import Speculation, SpeculativeOutput, State
 from distillspec_jax.errors import UserError, check_count
 from distillspec_jax.models.transformer import Params
@@ -97,9 +97,10 @@ def _run(
     enough: jax.Array,
 ) -> tuple[State, SpeculativeOutput]:
     """Advances until `enough` rows are not active."""
+    params = in_compute_dtypes(speculation, target_params, draft_params)
     state = jax.lax.while_loop(
         lambda state: jnp.sum(~state.active) < enough,
-        lambda state: advance(speculation, target_params, draft_params, state),
+        lambda state: advance(speculation, *params, state),
         state,
     )
     return state, output_of(speculation, state)

@@ -59,6 +59,7 @@ from distillspec_jax.models.transformer import (
     Params,
     Transformer,
     extend_hidden,
+    in_compute_dtype,
     next_logits,
     start,
     unembed,
@@ -136,16 +137,24 @@ def speculate(
     and its prompt, not on the batch around it.
     """
     row_ids = keys.default_row_ids(inputs, row_ids)
-    state = begin(speculation, target_params, draft_params, inputs, rng, row_ids)
+    params = in_compute_dtypes(speculation, target_params, draft_params)
     state = jax.lax.while_loop(
         lambda state: jnp.any(state.active),
-        lambda state: advance(speculation, target_params, draft_params, state),
-        state,
+        lambda state: advance(speculation, *params, state),
+        begin(speculation, *params, inputs, rng, row_ids),
     )
     return output_of(speculation, state)
 
 
 _compiled = jax.jit(speculate, static_argnums=0)
+
+
+def in_compute_dtypes(
+    speculation: Speculation, target_params: Params, draft_params: Params
+) -> tuple[Params, Params]:
+    """Parameters of target and draft as products read them, for a loop of `advance`."""
+    s = speculation
+    return in_compute_dtype(s.target, target_params), in_compute_dtype(s.draft, draft_params)
 
 
 def begin(

@@ -30,6 +30,7 @@ from distillspec_jax.models.transformer import (
     Params,
     Transformer,
     hidden_states,
+    in_compute_dtype,
     next_logits,
     start,
 )
@@ -180,6 +181,8 @@ def interleaved(
     config, batch_size = draft.config, inputs.shape[0]
     row_keys = keys.row_keys(rng, row_ids)
     uniforms = jax.vmap(lambda key: jax.random.uniform(key, (max_new_tokens, 2)))(row_keys)
+    draft_params = in_compute_dtype(draft, draft_params)
+    target_params = in_compute_dtype(target, target_params)
     draft_cache, draft_pending = start(draft, draft_params, inputs, max_new_tokens)
     target_cache, target_pending = start(target, target_params, inputs, max_new_tokens)
     top_k = min(top_k, config.num_pieces)

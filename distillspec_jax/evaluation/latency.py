@@ -21,7 +21,7 @@ from scipy.optimize import isotonic_regression
 
 from distillspec_jax.evaluation.intervals import Estimate, ratio, ratio_of_ratios
 from distillspec_jax.models import cache as caches
-from distillspec_jax.models.transformer import Params, Transformer, extend, start
+from distillspec_jax.models.transformer import Params, Transformer, extend, in_compute_dtype, start
 
 Call = Callable[[], Any]
 ROUNDS = 9, 25  # of timing single steps, at least and at most
@@ -93,6 +93,7 @@ def _steps(model, params, cache, pending, width, steps):
         # the next block depends on all logits, so that no position is optimised away
         return caches.rollback(longer, cache.lengths + 1), jnp.argmax(logits, axis=-1)
 
+    params = in_compute_dtype(model, params)
     block = jnp.broadcast_to(pending[:, None], (pending.shape[0], width))
     return jax.lax.fori_loop(0, steps, step, (cache, block))[1]
 

@@ -88,7 +88,10 @@ def drawn_by(draw: Callable[..., jax.Array], *axes: str | None) -> Callable[...,
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + epsilon) * scale, without mean or bias, in float32: [..., D]."""
+    """x / sqrt(mean(x^2) + epsilon) * scale, without mean or bias, in float32: [..., D].
+
+    Of the compute dtype, for products read it.
+    """
 
     config: ModelConfig
 
@@ -99,7 +102,7 @@ class RMSNorm(nn.Module):
         x32 = x.astype(jnp.float32)
         variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         normed = x32 * jax.lax.rsqrt(variance + self.config.layer_norm_epsilon)
-        return (normed * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
+        return (normed * jnp.expand_dims(scale, range(x.ndim - 1))).astype(self.config.dtype)
 
 
 def relative_buckets(
@@ -205,7 +208,7 @@ def multiply_heads(
         is_valid = jnp.arange(matrices.shape[2])[None] < valid[:, None]
         matrices = jnp.where(is_valid[:, None, :, None], matrices, 0)
     if transposed:
-        return jnp.einsum("bntk,bnfk->bntf", x, matrices, preferred_element_type=jnp.float32)
+        return into_float32(functools.partial(jnp.einsum, "bntk,bnfk->bntf"), x, matrices)
     return jnp.einsum("bntk,bnkf->bntf", x, matrices)
 
 
@@ -214,29 +217,54 @@ def multiply(
 ) -> jax.Array:
     """x [..., K] by a kernel [K, ...], or [F, K] transposed: [..., ...] of `dtype`, x's if None."""
     if not cpu_product.on_one_device():  # merged axes could not be split as the kernel's are
-        axes = (-1, 1 if transposed else 0)
-        return jnp.tensordot(x, kernel, axes, preferred_element_type=dtype)
+        return _xla_product(x, kernel, transposed, dtype)
     flat = kernel if transposed else kernel.reshape(kernel.shape[0], -1)
     rows = x.reshape(-1, x.shape[-1])
     if cpu_product.serves(rows, flat):
         y = cpu_product.product(rows, flat, transposed)
     else:
-        y = _xla_product(rows, flat, transposed, dtype)
+        y = _xla_product(_filled_up(rows), flat, transposed, dtype)[: len(rows)]
     outputs = kernel.shape[:1] if transposed else kernel.shape[1:]
     return y.reshape(*x.shape[:-1], *outputs)
 
 
-def _xla_product(rows: jax.Array, kernel: jax.Array, transposed: bool, dtype: Any) -> jax.Array:
-    """Rows [M, K] by a kernel [K, F], or [F, K] transposed: [M, F].
+def _xla_product(x: jax.Array, kernel: jax.Array, transposed: bool, dtype: Any) -> jax.Array:
+    """x [..., K] by a kernel [K, ...], or [F, K] transposed: [..., ...]."""
+    product = functools.partial(jnp.tensordot, axes=(-1, 1 if transposed else 0))
+    return into_float32(product, x, kernel) if dtype == jnp.float32 else product(x, kernel)
 
-    Of a single row and few weights XLA makes a sum on a GPU: it rounds what it multiplied, writes
-    it and reads it back, three times the traffic of the weights. So the row takes zeros along.
+
+def _filled_up(rows: jax.Array) -> jax.Array:
+    """Rows [M, K], on a GPU a single one with zeros below it.
+
+    Of a single row and few weights XLA makes a sum there: it rounds what it multiplied, writes it
+    and reads it back, three times the traffic of the weights.
     """
-    count = len(rows)
-    if count == 1 and jax.default_backend() == "gpu":
-        rows = jnp.pad(rows, ((0, GPU_ROWS - 1), (0, 0)))
-    axes = (1, 1 if transposed else 0)
-    return jnp.tensordot(rows, kernel, axes, preferred_element_type=dtype)[:count]
+    if len(rows) > 1 or jax.default_backend() != "gpu":
+        return rows
+    return jnp.pad(rows, ((0, GPU_ROWS - 1), (0, 0)))
+
+
+def into_float32(
+    product: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, y: jax.Array
+) -> jax.Array:
+    """product(x, y), bilinear, as float32.
+
+    What flows back through it has the type of x and y. By JAX's own rule it would be float32, and
+    so would be the products that it meets there.
+    """
+    return product(x, y) if x.dtype == jnp.float32 else _into_float32(product, x, y)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _into_float32(product: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+    return product(x, y, preferred_element_type=jnp.float32)
+
+
+@_into_float32.defjvp
+def _into_float32_jvp(product: Any, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x, y), (dx, dy) = primals, tangents
+    return _into_float32(product, x, y), (product(dx, y) + product(x, dy)).astype(jnp.float32)
 
 
 def project(x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
@@ -264,14 +292,14 @@ class _Attention(nn.Module):
         )
         return self.param("out", init, (c.num_heads, c.head_dim, c.d_model)).astype(c.dtype)
 
-    def _merge(self, context: jax.Array) -> jax.Array:
-        """[B, N, T, H] -> [B, T, D].
+    def _merge(self, context: jax.Array, dtype: Any) -> jax.Array:
+        """[B, N, T, H] -> [B, T, D] of `dtype`.
 
         One contraction over N H: over N and H apart XLA turns the kernel round at every step.
         """
         heads = context.swapaxes(1, 2)
         kernel = self.out.reshape(-1, self.out.shape[-1])
-        return multiply(heads.reshape(*heads.shape[:2], -1), kernel)
+        return multiply(heads.reshape(*heads.shape[:2], -1), kernel, dtype=dtype)
 
 
 class SelfAttention(_Attention):
@@ -283,13 +311,18 @@ class SelfAttention(_Attention):
         self.qkv = self._input_kernel("qkv", width * c.head_dim**-0.5, width, width)
         self.out = self._output_kernel()
 
-    def __call__(self, x: jax.Array, bias: jax.Array, remember: Remember | None) -> jax.Array:
-        """[B, T, D] -> [B, T, D]; `remember` takes the block's keys and values to the cache's."""
+    def __call__(
+        self, x: jax.Array, bias: jax.Array, remember: Remember | None, dtype: Any
+    ) -> jax.Array:
+        """[B, T, D] -> [B, T, D] of `dtype`.
+
+        `remember` takes the block's keys and values to the cache's.
+        """
         queries, keys, values = project(x, self.qkv)
         valid = None
         if remember is not None:
             keys, values, valid = remember(keys, values)
-        return self._merge(attend(queries, keys, values, bias, valid))
+        return self._merge(attend(queries, keys, values, bias, valid), dtype)
 
 
 class CrossAttention(_Attention):
@@ -307,19 +340,19 @@ class CrossAttention(_Attention):
         keys, values = project(encoded, self.key_value)
         return keys, values
 
-    def __call__(self, x: jax.Array, memory: KeysValues, bias: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, T, D]."""
+    def __call__(self, x: jax.Array, memory: KeysValues, bias: jax.Array, dtype: Any) -> jax.Array:
+        """[B, T, D] -> [B, T, D] of `dtype`."""
         (queries,) = project(x, self.query)
-        return self._merge(attend(queries, *memory, bias))
+        return self._merge(attend(queries, *memory, bias), dtype)
 
 
 class MLP(nn.Module):
-    """activation(x W0) [* (x W1) if gated] W2: [B, T, D] -> [B, T, D]."""
+    """activation(x W0) [* (x W1) if gated] W2: [B, T, D] -> [B, T, D] of `dtype`."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, deterministic: bool, dtype: Any) -> jax.Array:
         c = self.config
         width = c.d_model**-0.5
         scales = (width, width) if c.gated else (width,)
@@ -327,9 +360,9 @@ class MLP(nn.Module):
         out_of = drawn_by(ScaledNormal(c.d_ff**-0.5), "mlp", "embed")
         wi = self.param("wi", into, (c.d_model, len(scales), c.d_ff)).astype(c.dtype)
         wo = self.param("wo", out_of, (c.d_ff, c.d_model))
-        joint = multiply(x, wi)
+        joint = multiply(x, wi, dtype=dtype)
         hidden = ACTIVATION_FUNCTIONS[c.activation](joint[:, :, 0])
         if c.gated:
             hidden = hidden * joint[:, :, 1]
         hidden = nn.Dropout(c.dropout_rate)(hidden, deterministic=deterministic)
-        return multiply(hidden, wo.astype(c.dtype))
+        return multiply(hidden.astype(c.dtype), wo.astype(c.dtype), dtype=dtype)

@@ -69,10 +69,12 @@ class Layer(nn.Module):
         def residual(x, branch):
             return x + self.dropout(branch, deterministic=deterministic)
 
-        x = residual(by_rows(x), self.self_attention(self.self_attention_norm(x), bias, remember))
+        x, dtype = by_rows(x), x.dtype
+        x = residual(x, self.self_attention(self.self_attention_norm(x), bias, remember, dtype))
         if memory is not None and source_bias is not None:
-            x = residual(x, self.cross_attention(self.cross_attention_norm(x), memory, source_bias))
-        return residual(x, self.mlp(self.mlp_norm(x), deterministic))
+            normed = self.cross_attention_norm(x)
+            x = residual(x, self.cross_attention(normed, memory, source_bias, dtype))
+        return residual(x, self.mlp(self.mlp_norm(x), deterministic, dtype))
 
 
 class Stack(nn.Module):
@@ -103,8 +105,14 @@ class Stack(nn.Module):
         source_bias: jax.Array | None,
         deterministic: bool,
     ) -> tuple[jax.Array, Cache | None]:
-        """[B, T, D] -> [B, T, D], and the cache with the block appended where there was one."""
+        """[B, T, D] -> [B, T, D], and the cache with the block appended where there was one.
+
+        Between layers x is float32 where there is a cache: there only weights are large, and texts
+        of bfloat16 part less, from those of other shapes of program and from float32's.
+        """
         x = self.dropout(x, deterministic=deterministic)
+        if cache is not None:
+            x = x.astype(jnp.float32)
         stored: list[KeysValues] = []
 
         def remember_in(layer: int) -> Remember | None:
@@ -258,6 +266,21 @@ def hidden_states(
     """
     rngs = None if dropout_rng is None else {"dropout": dropout_rng}
     return _apply(model, params, "score", inputs, targets, dropout_rng is None, rngs=rngs)
+
+
+def in_compute_dtype(model: Transformer, params: Params) -> Params:
+    """Parameters as products read them, for a loop that would convert them at every step.
+
+    What is read in float32 stays: scales of norms, biases by distance.
+    """
+
+    def narrowed(path: Any, leaf: jax.Array) -> jax.Array:
+        dtype = jnp.dtype(model.config.dtype)
+        names = {key.key for key in path}
+        wide = names & {"scale", "relative_bias"} or leaf.dtype.itemsize <= dtype.itemsize
+        return leaf if wide else leaf.astype(dtype)
+
+    return jax.tree.map_with_path(narrowed, params)
 
 
 def unembed(model: Transformer, params: Params, hidden: jax.Array) -> jax.Array:
