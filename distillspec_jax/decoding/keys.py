@@ -7,9 +7,11 @@ draws the same numbers alone, in any batch and in any place of it.
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def purpose_key(seed: int | jax.Array, purpose: str) -> jax.Array:
@@ -43,5 +45,6 @@ def block_uniforms(keys: jax.Array, blocks: jax.Array, count: int) -> jax.Array:
 def default_row_ids(inputs: jax.Array, row_ids: jax.Array | None) -> jax.Array:
     """`row_ids`, or 0..B-1 where none are given: [B] int32."""
     if row_ids is None:
-        return jnp.arange(inputs.shape[0], dtype=jnp.int32)
+        ids: Any = np.arange(inputs.shape[0], dtype=np.int32)  # JAX would run a program for it
+        return ids
     return jnp.asarray(row_ids, jnp.int32)

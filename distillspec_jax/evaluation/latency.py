@@ -189,7 +189,7 @@ class Clock:
     seconds: by decoder, [P], median over the repeats of each batch.
     tokens: by decoder, [P], tokens emitted for it.
     spread: by decoder, (max - min) / median of the repeats, median over batches.
-    compile_seconds: by decoder, its first call less the median of the calls after.
+    compile_seconds: by decoder, its first calls, one of each shape, less the medians after.
     batch_size: prompts of a batch.
     """
 
@@ -256,18 +256,24 @@ def race(
 ) -> Clock:
     """Decodes each prompt with every decoder, interleaved, `repeats` times after a warm-up.
 
+    The warm-up is one prompt of each shape, on which decoders compile.
+
     The decoders take turns, in a fresh random order, over a few prompts at a time: right behind
     another program a call also brings back what that drove out of the caches, milliseconds that
     are no part of decoding in use.
 
     Args:
-      decoders: by name, prompt -> (tokens [B, T], lengths [B]); equal shapes from prompt to
-        prompt, or each new shape is compiled inside the clock.
+      decoders: by name, prompt -> (tokens [B, T], lengths [B]).
       prompts: what the decoders take, one at a time: batches of `batch_size` prompts.
       repeats: timed rounds per prompt; their median counts.
       on_prompt: told again and again about how many of them are done.
     """
-    first = {name: _timed(functools.partial(f, prompts[0]))[0] for name, f in decoders.items()}
+    shapes = [str(jax.tree.map(np.shape, prompt)) for prompt in prompts]
+    of_each = sorted({shapes.index(shape) for shape in shapes})
+    first = {
+        name: {i: _timed(functools.partial(f, prompts[i]))[0] for i in of_each}
+        for name, f in decoders.items()
+    }
     seconds = {name: np.zeros((len(prompts), repeats)) for name in decoders}
     tokens = {name: np.zeros(len(prompts), np.int64) for name in decoders}
     turns = list(_turns(list(decoders), len(prompts), repeats))
@@ -282,7 +288,10 @@ def race(
         seconds=middle,
         tokens=tokens,
         spread={n: float(np.median(np.ptp(seconds[n], axis=1) / middle[n])) for n in decoders},
-        compile_seconds={n: max(first[n] - float(middle[n][0]), 0.0) for n in decoders},
+        compile_seconds={
+            name: sum(max(taken - float(middle[name][i]), 0.0) for i, taken in calls.items())
+            for name, calls in first.items()
+        },
         batch_size=batch_size,
     )
 

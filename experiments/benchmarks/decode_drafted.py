@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distillspec_jax.data.pipeline import trimmed
 from distillspec_jax.data.tasks import TaskConfig, load_task
 from distillspec_jax.decoding.autoregressive import autoregressive_sample
 from distillspec_jax.decoding.block_length import Tuning, efficiency_by_gamma, tune
@@ -56,6 +57,7 @@ class _Run:
         self._target, self._draft = load(config.target, task), load(config.draft, task)
         self._tuning = read_prompts(task, "tuning", config.tuning_prompts).inputs
         self._prompts = read_prompts(task, "test", config.prompts).inputs
+        self._key = jax.random.key(0)
         self._peers: dict[str, Any] = {}
         if has_peers:
             from experiments.benchmarks.torch_decode import HuggingFace
@@ -95,7 +97,7 @@ class _Run:
 
         On a shared machine c and v drift from minute to minute, and the prediction with them.
         """
-        steps, inputs = self._config.cost_steps, jnp.asarray(self._prompts[:1])
+        steps, inputs = self._config.cost_steps, jnp.asarray(trimmed(self._prompts[:1]))
         loops = step_loops(*self._models, inputs, [gamma], steps=steps)
 
         def entrant(call: Callable[[], Any]) -> Callable[[np.ndarray], Any]:
@@ -117,7 +119,7 @@ class _Run:
         """
         costs = step_costs(
             *self._models,
-            jnp.asarray(self._prompts[:batch_size]),
+            jnp.asarray(trimmed(self._prompts[:batch_size])),
             self._config.gammas,
             steps=self._config.cost_steps,
         )
@@ -135,7 +137,7 @@ class _Run:
         return speculative_sample(
             *self._models,
             jnp.asarray(inputs),
-            jax.random.key(0),
+            self._key,
             gamma=gamma,
             max_new_tokens=self._config.max_new_tokens,
             sampling=Sampling(temperature),
@@ -161,7 +163,7 @@ class _Run:
                 self._target.model,
                 self._target.params,
                 jnp.asarray(inputs),
-                jax.random.key(0),
+                self._key,
                 sampling=Sampling(temperature=0.0),
                 max_new_tokens=limit,
             )
@@ -187,10 +189,11 @@ class _Run:
     def _timed(self, batch_size: int, gamma: int) -> tuple[Row, Row]:
         """(Figures of the summary, the record) of one batch size."""
         count = len(self._prompts) // batch_size
-        batches = self._prompts[: count * batch_size].reshape(count, batch_size, -1)
+        groups = self._prompts[: count * batch_size].reshape(count, batch_size, -1)
+        batches = [trimmed(group) for group in groups]  # as `decode` reads them
         decoders = self._decoders(batch_size, gamma)
         loops = self._loops(gamma) if batch_size == 1 else {}
-        clock = race({**decoders, **loops}, list(batches), repeats=self._config.repeats)
+        clock = race({**decoders, **loops}, batches, repeats=self._config.repeats)
         figures: Row = {}
         for key, (name, over) in PAIRS.items():
             if name in decoders and over in decoders:
@@ -245,7 +248,7 @@ def _over_prediction(clock: Clock, emitted: np.ndarray, calls: np.ndarray, gamma
     }
 
 
-def _equal(decoders: Mapping[str, Callable[[np.ndarray], Any]], batches: np.ndarray) -> Row:
+def _equal(decoders: Mapping[str, Callable[[np.ndarray], Any]], batches: list[np.ndarray]) -> Row:
     """Texts of every decoder that are those of plain decoding to the last token."""
     equal = dict.fromkeys(decoders, 0)
     for batch in batches:
@@ -253,4 +256,4 @@ def _equal(decoders: Mapping[str, Callable[[np.ndarray], Any]], batches: np.ndar
         for name, tokens in texts.items():
             equal[name] += int(np.all(tokens == texts["plain"], axis=1).sum())
     counts = {f"{name}_equal_texts": count for name, count in equal.items() if name != "plain"}
-    return {**counts, "compared_texts": batches.shape[0] * batches.shape[1]}
+    return {**counts, "compared_texts": sum(map(len, batches))}

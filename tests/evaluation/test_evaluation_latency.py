@@ -104,6 +104,20 @@ def test_race_measures_rates_of_the_same_prompts_after_a_warm_up(clock):
     }
 
 
+def test_every_shape_is_compiled_before_the_clock_runs(clock):
+    compiled = set()
+
+    def decode(prompt):
+        clock.now += 2 + (0 if prompt.shape in compiled else 50 * prompt.shape[1])
+        compiled.add(prompt.shape)
+        return prompt, np.ones(1)
+
+    prompts = [np.zeros((1, width)) for width in (3, 3, 4, 3, 4)]
+    measured = race({"x": decode}, prompts, repeats=1)
+    np.testing.assert_array_equal(measured.seconds["x"], [2] * 5)
+    assert measured.compile_seconds["x"] == 50 * (3 + 4)
+
+
 def test_decoders_take_turns_over_stretches_of_prompts(monkeypatch):
     monkeypatch.setattr(latency, "STRETCH", 2)
     log, seen = [], []
