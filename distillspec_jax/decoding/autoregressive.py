@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from distillspec_jax.decoding import keys
-from distillspec_jax.decoding.checks import check_finite, check_request
+from distillspec_jax.decoding.checks import Array, check_finite, check_request
 from distillspec_jax.decoding.sampling import STANDARD, Sampling, draw
 from distillspec_jax.errors import check_count, check_kind
 from distillspec_jax.models.cache import Cache
@@ -107,7 +107,7 @@ def generate(
 def autoregressive_sample(
     model: Transformer,
     params: Params,
-    inputs: jax.Array,
+    inputs: Array,
     rng: jax.Array,
     *,
     sampling: Sampling = STANDARD,
@@ -121,7 +121,7 @@ def autoregressive_sample(
     """
     check_count("max_new_tokens", max_new_tokens)
     check_kind("sampling", sampling, Sampling)
-    check_request(inputs, row_ids, [model.config], params=params, rng=rng)
+    check_request(inputs, row_ids, [model.config], rng=rng)
     row_ids = keys.default_row_ids(inputs, row_ids)
     settings = {"sampling": sampling, "max_new_tokens": max_new_tokens}
     output = _compiled_generate(model, params, inputs, rng, **settings, row_ids=row_ids)

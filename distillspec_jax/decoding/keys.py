@@ -42,7 +42,7 @@ def block_uniforms(keys: jax.Array, blocks: jax.Array, count: int) -> jax.Array:
     return position_uniforms(per_block, count)
 
 
-def default_row_ids(inputs: jax.Array, row_ids: jax.Array | None) -> jax.Array:
+def default_row_ids(inputs: jax.Array | np.ndarray, row_ids: jax.Array | None) -> jax.Array:
     """`row_ids`, or 0..B-1 where none are given: [B] int32."""
     if row_ids is None:
         ids: Any = np.arange(inputs.shape[0], dtype=np.int32)  # JAX would run a program for it

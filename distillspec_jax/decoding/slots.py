@@ -43,7 +43,7 @@ def slot_sample(
     """
     check_count("slots", slots)
     params = target_params, draft_params
-    check_request(inputs, row_ids, speculation.configs, params=params, rng=rng, lowest_id=0)
+    check_request(inputs, row_ids, speculation.configs, rng=rng, lowest_id=0)
     if refill is None:
         slots = min(slots, len(inputs))
         refill = max(1, slots // 8)

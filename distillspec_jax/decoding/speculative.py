@@ -36,7 +36,7 @@ from distillspec_jax.decoding.block_length import (
     keeps_drafting,
     next_allowance,
 )
-from distillspec_jax.decoding.checks import check_finite, check_request
+from distillspec_jax.decoding.checks import Array, check_finite, check_request
 from distillspec_jax.decoding.lenience import Lenience
 from distillspec_jax.decoding.multi_draft import by_row, follow, k_seq_rule, per_draft, share_cache
 from distillspec_jax.decoding.sampling import STANDARD, Sampling, draw, process
@@ -71,7 +71,7 @@ def speculative_sample(
     target_params: Params,
     draft: Transformer,
     draft_params: Params,
-    inputs: jax.Array,
+    inputs: Array,
     rng: jax.Array,
     *,
     gamma: int,
@@ -110,13 +110,13 @@ def speculate_checked(
     speculation: Speculation,
     target_params: Params,
     draft_params: Params,
-    inputs: jax.Array,
+    inputs: Array,
     rng: jax.Array,
     row_ids: jax.Array | None = None,
 ) -> SpeculativeOutput:
     """`speculate`, compiled, with input and output checked on the host."""
     params = target_params, draft_params
-    check_request(inputs, row_ids, speculation.configs, params=params, rng=rng)
+    check_request(inputs, row_ids, speculation.configs, rng=rng)
     row_ids = keys.default_row_ids(inputs, row_ids)
     output = _compiled(speculation, *params, inputs, rng, row_ids)
     check_finite(output.statistics.finite, speculation.names)

@@ -107,7 +107,7 @@ class _Run:
 
         def reader(loaded: Any) -> Callable[[np.ndarray], Any]:
             call = functools.partial(read_source, loaded.model, loaded.params)
-            return lambda prompt: (call(jnp.asarray(prompt), limit), np.zeros(1))
+            return lambda prompt: (call(prompt, limit), np.zeros(1))
 
         readers = {READ_TARGET: reader(self._target), READ_DRAFT: reader(self._draft)}
         return {name: entrant(call) for name, call in loops.items()} | readers
@@ -136,7 +136,7 @@ class _Run:
     ) -> SpeculativeOutput:
         return speculative_sample(
             *self._models,
-            jnp.asarray(inputs),
+            inputs,
             self._key,
             gamma=gamma,
             max_new_tokens=self._config.max_new_tokens,
@@ -162,7 +162,7 @@ class _Run:
             output = autoregressive_sample(
                 self._target.model,
                 self._target.params,
-                jnp.asarray(inputs),
+                inputs,
                 self._key,
                 sampling=Sampling(temperature=0.0),
                 max_new_tokens=limit,
