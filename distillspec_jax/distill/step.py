@@ -199,6 +199,8 @@ def distillation_loss(
     Differentiable in the draft's params alone.
     """
     target_params, reference_params = jax.lax.stop_gradient((target_params, reference_params))
+    # once a step, not once for each micro-batch and chunk
+    target_params = transformer.in_compute_dtype(target, target_params)
     divergence = recipe.divergence
     size = min(draft.config.vocab_size, target.config.vocab_size)  # padding rows may differ
 
