@@ -28,8 +28,8 @@ def check_request(
     """Raises UserError unless inputs [B, S] are right-padded prompts and row_ids [B] fit int32.
 
     configs: of the models that read the prompts. Rows with a negative id are never read, so they
-    may hold anything. Weights are not looked at: behind a program that read them once, to walk
-    through hundreds of arrays takes longer than all the rest.
+    may hold anything. Weights are not looked at: to walk through hundreds of arrays would take
+    longer than all the rest. If they are traced `check_finite` tells it.
     """
     for name, argument in (("inputs", inputs), ("rng", rng), ("row_ids", row_ids)):
         _check_untraced(name, argument)
