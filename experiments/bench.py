@@ -26,7 +26,6 @@ from distillspec_jax.evaluation.acceptance import TeacherForced, along_texts
 from distillspec_jax.evaluation.corpus import over_batches
 from distillspec_jax.evaluation.quality import has_references
 from distillspec_jax.models.config import ModelConfig
-from distillspec_jax.models.fingerprint import fingerprint
 from distillspec_jax.progress import Progress
 from experiments.models import Loaded, check_meeting, load
 
@@ -128,8 +127,7 @@ class Bench:
 
     def weights(self) -> dict[str, str]:
         """The fingerprint of each model: other weights, other numbers."""
-        models = self.models.items()
-        return {name: fingerprint(loaded.model, loaded.params) for name, loaded in models}
+        return {name: loaded.fingerprint for name, loaded in self.models.items()}
 
     def data(self) -> dict[str, str]:
         """Digests of the prompts of the claim, and of those that choose gamma."""
@@ -200,7 +198,9 @@ def open_bench(config: EvaluateConfig, task: Task) -> Bench:
     refuses.
     """
     check_meeting(config.target, *(draft.path for draft in config.drafts))
-    load_model = functools.partial(load, task=task, compute_dtype=config.compute_dtype)
+    load_model = functools.partial(
+        load, task=task, compute_dtype=config.compute_dtype, is_frozen=True
+    )
     target = load_model(config.target)
     drafts = [Draft(draft, load_model(draft.path)) for draft in config.drafts]
     prompts = read_prompts(task, config.split, config.num_prompts)

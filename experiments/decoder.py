@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,7 +66,7 @@ class DecodeConfig(DraftSampling):
     block_length: BlockLength = dataclasses.field(default_factory=BlockLength)
     num_drafts: int = 1
     batch_size: int = 8
-    compute_dtype: str = "float32"  # or bfloat16; weights and softmax stay in float32
+    compute_dtype: str = "float32"  # or bfloat16, weights too; softmax stays in float32
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -174,9 +175,9 @@ class Decoder:
         self.vocabulary: Vocabulary = load_vocabulary(config.vocabulary)
         if config.draft:
             check_meeting(config.target, config.draft)
-        dtype = config.compute_dtype
-        self.target = load(config.target, self, compute_dtype=dtype)
-        self.draft = load(config.draft, self, compute_dtype=dtype) if config.draft else None
+        load = functools.partial(load, compute_dtype=config.compute_dtype, is_frozen=True)
+        self.target = load(config.target, self)
+        self.draft = load(config.draft, self) if config.draft else None
         self.sampling = Sampling(config.temperature, config.top_k, config.top_p)
         self.draft_sampling = config.draft_sampling(self.sampling)
         self.speculation = None if self.draft is None else self._speculation(self.draft)

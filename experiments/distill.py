@@ -25,7 +25,6 @@ from distillspec_jax.distill import recipes
 from distillspec_jax.distill.step import make_distill_step
 from distillspec_jax.errors import UserError
 from distillspec_jax.models.config import ModelConfig
-from distillspec_jax.models.fingerprint import fingerprint
 from distillspec_jax.sharding.layout import Layout
 from distillspec_jax.training.loop import Figures, Hooks, LoopConfig, train
 from distillspec_jax.training.optimizers import make_optimizer, make_schedule
@@ -114,12 +113,13 @@ def prepare(
     check_meeting(config.target, config.draft)
     recipe, places = config.recipe.resolve(), layout.params(config.draft_layout)
     load = functools.partial(load, compute_dtype=config.compute_dtype)
-    target = load(config.target, task, shardings=layout.params(config.target_layout))
+    frozen = functools.partial(load, is_frozen=True)
+    target = frozen(config.target, task, shardings=layout.params(config.target_layout))
     draft = load(config.draft, task, seed=config.seed, shardings=places)
     models = {"draft": draft, "target": target}
     if config.reference:
         _check_reference(config, draft)
-        models["reference"] = load(config.reference, task, shardings=places)
+        models["reference"] = frozen(config.reference, task, shardings=places)
     optimizer = make_optimizer(config.optimizer, config.steps)
     make_step = PhasedStep if config.time_phases else make_distill_step
     state = parts.new_state(config, layout, draft, optimizer)
@@ -133,8 +133,8 @@ def prepare(
         micro_batches=config.micro_batches,
         state_shardings=parts.places(state),
     )
-    frozen = [loaded.params for role, loaded in models.items() if role != "draft"]
-    return parts.Prepared(f"distill ({recipe.name})", models, state, step, *frozen)
+    others = [loaded.params for role, loaded in models.items() if role != "draft"]
+    return parts.Prepared(f"distill ({recipe.name})", models, state, step, *others)
 
 
 def _check_reference(config: DistillConfig, draft: Loaded) -> None:
@@ -155,7 +155,7 @@ def _main(config: DistillConfig, workdir: Path, layout: Layout) -> int | None:
     prepared = prepare(config, task, layout)
     target, draft = prepared.models["target"], prepared.models["draft"]
     if config.task.teacher_data:
-        task.check_teacher(fingerprint(target.model, target.params))
+        task.check_teacher(target.fingerprint)
     batches = parts.train_batches(task, config, layout)
     hooks = Hooks(
         evaluate=_make_evaluate(config, task, target, draft, layout),

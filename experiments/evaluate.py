@@ -68,7 +68,7 @@ class EvaluateConfig(DraftSampling):
     top_p: float = 1.0
     max_new_tokens: int = 0  # 0: the task's target length
     batch_size: int = 64  # of decoding for acceptance; with a draft, its slots
-    compute_dtype: str = "float32"  # or bfloat16; weights and softmax stay in float32
+    compute_dtype: str = "float32"  # or bfloat16, weights too; softmax stays in float32
     seed: int = 0  # of sampling
     # also measure the gamma of the highest predicted speed; it is predicted for token
     # verification of whole blocks alone

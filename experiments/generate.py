@@ -29,7 +29,6 @@ from distillspec_jax.decoding.sampling import Sampling
 from distillspec_jax.errors import UserError
 from distillspec_jax.evaluation.corpus import over_batches
 from distillspec_jax.models.config import check_dtype
-from distillspec_jax.models.fingerprint import fingerprint
 from distillspec_jax.progress import Progress
 from experiments import door, planning_decoding
 from experiments.bench import Prompts, read_prompts
@@ -55,7 +54,7 @@ class GenerateConfig:
     max_new_tokens: int = 0  # 0: the task's target length
     batch_size: int = 64
     shard_size: int = 1_000  # texts in a file
-    compute_dtype: str = "float32"  # or bfloat16; weights and softmax stay in float32
+    compute_dtype: str = "float32"  # or bfloat16, weights too; softmax stays in float32
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -72,7 +71,7 @@ class GenerateConfig:
 
 def main(config: GenerateConfig, workdir: Path) -> None:
     task = load_task(config.task)
-    target = load(config.target, task, compute_dtype=config.compute_dtype)
+    target = load(config.target, task, compute_dtype=config.compute_dtype, is_frozen=True)
     prompts = read_prompts(task, config.split, len(task.examples(config.split)))
     settings, inputs = _settings(config, task, target, prompts), prompts.inputs
     with Workdir(workdir, "generate", config, may_change=("batch_size",)) as run:
@@ -99,7 +98,7 @@ def main(config: GenerateConfig, workdir: Path) -> None:
 
 def _settings(config: GenerateConfig, task: Task, target: Loaded, prompts: Prompts) -> Settings:
     return Settings(
-        target=fingerprint(target.model, target.params),
+        target=target.fingerprint,
         target_path=config.target,
         vocabulary=task.vocabulary.fingerprint,
         data={

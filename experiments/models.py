@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -13,7 +14,14 @@ from distillspec_jax.data.vocabulary import Vocabulary, check_same
 from distillspec_jax.decoding.state import check_pair
 from distillspec_jax.errors import UserError
 from distillspec_jax.models.config import ModelConfig
-from distillspec_jax.models.transformer import Params, Transformer, init_params
+from distillspec_jax.models.fingerprint import fingerprint
+from distillspec_jax.models.transformer import (
+    Params,
+    Transformer,
+    hold_in_compute_dtype,
+    in_compute_dtype,
+    init_params,
+)
 from distillspec_jax.sharding.layout import placed
 
 
@@ -24,6 +32,12 @@ class Loaded:
     path: str
     model: Transformer
     params: Params
+    stored: str = ""  # fingerprint of the weights as they were read, if they are held narrower
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """`models.fingerprint` of the weights as they were read."""
+        return self.stored or fingerprint(self.model, self.params)
 
     @property
     def num_parameters(self) -> int:
@@ -52,15 +66,22 @@ def load(
     compute_dtype: str = "float32",
     seed: int = 0,
     shardings: Shardings | None = None,
+    is_frozen: bool = False,
 ) -> Loaded:
     """Loads a model onto its devices; `seed` is of a preset's fresh parameters.
 
-    Its parameters are float32, whatever it computes in. Raises UserError if it does not speak the
-    task's vocabulary.
+    Its parameters are float32, whatever it computes in, but of a frozen model those that products
+    read are of the dtype that it computes in. Raises UserError if it does not speak the task's
+    vocabulary.
     """
     _check_vocabulary(path, task)
     model, params = zoo.load(path, seed=seed, shardings=shardings)
-    return Loaded(path, _computing_in(compute_dtype, model), params)
+    loaded = Loaded(path, _computing_in(compute_dtype, model), params)
+    if not is_frozen or compute_dtype == "float32":
+        return loaded
+    stored = loaded.fingerprint  # before the weights are rounded
+    params = hold_in_compute_dtype(loaded.model, params)
+    return Loaded(path, loaded.model, params, stored)
 
 
 def outline(
@@ -70,11 +91,14 @@ def outline(
     compute_dtype: str = "float32",
     seed: int = 0,
     shardings: Shardings | None = None,
+    is_frozen: bool = False,
 ) -> Loaded:
     """What `load` would load or refuse, with shapes and shardings in place of arrays."""
     _check_vocabulary(path, task)
     model = _computing_in(compute_dtype, _outline(path)[0])
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(seed)))
+    if is_frozen:
+        shapes = jax.eval_shape(functools.partial(in_compute_dtype, model), shapes)
     if shardings is not None:
         shapes = placed(shapes, shardings(model.config))
     return Loaded(path, model, shapes)

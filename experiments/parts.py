@@ -15,7 +15,6 @@ from distillspec_jax.data.batch import Batch
 from distillspec_jax.data.tasks import TEACHER, Task, TaskConfig
 from distillspec_jax.errors import UserError, unknown_name
 from distillspec_jax.models.config import check_dtype
-from distillspec_jax.models.fingerprint import fingerprint
 from distillspec_jax.run_folders import newest_step
 from distillspec_jax.sharding.layout import Layout, check_rows, device_bytes
 from distillspec_jax.sharding.mesh import AXES, MeshConfig, make_mesh
@@ -51,7 +50,7 @@ class TrainingConfig:
     length_bucket: int = 0  # above 0: like lengths share a batch (pipeline.batches)
     micro_batches: int = 1  # parts that a batch is computed in, to save memory
     average_decay: float = 0.0  # of the moving average of weights; 0: none
-    compute_dtype: str = "float32"  # or bfloat16; weights, softmax and loss stay in float32
+    compute_dtype: str = "float32"  # or bfloat16; trained weights, softmax and loss not
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
@@ -83,6 +82,7 @@ class Load(Protocol):
         compute_dtype: str,
         seed: int = 0,
         shardings: Shardings | None = None,
+        is_frozen: bool = False,
     ) -> Loaded: ...
 
 
@@ -306,12 +306,12 @@ def _sources(config: TrainingConfig, task: Task, prepared: Prepared) -> dict[str
 
     Fresh weights are told by their seed: their last bits are those of a machine.
     """
-    held = {role: (loaded, loaded.params) for role, loaded in prepared.models.items()}
     [first, *_] = prepared.models
-    held[first] = (prepared.trained, prepared.state.params)  # which took over the loaded ones
+    # the state took over what was loaded for it
+    trained = dataclasses.replace(prepared.trained, params=prepared.state.params)
     read = {
-        role: fingerprint(loaded.model, params)
-        for role, (loaded, params) in held.items()
+        role: loaded.fingerprint
+        for role, loaded in {**prepared.models, first: trained}.items()
         if zoo.find(loaded.path).path is not None
     }
     for split in (config.train_split, config.validation_split):

@@ -172,7 +172,7 @@ def advice(need: Need, memory_gib: float, dtype: str) -> str:
     if need.weights >= memory_gib * GIB:
         return (
             f"the weights alone take {need.weights / GIB:.2f} GiB and are not split here: "
-            "take smaller models or a larger device"
+            f"take smaller models or a larger device{narrower(dtype)}"
         )
     if program.trained > need.running and program.optimizer:
         return f"take {program.optimizer} 'adafactor'"
@@ -183,7 +183,7 @@ def advice(need: Need, memory_gib: float, dtype: str) -> str:
 def of_generate(config: GenerateConfig) -> Outline:
     """The target writes alone, a file of texts at a time."""
     task = load_task(config.task)
-    target = outline(config.target, task, compute_dtype=config.compute_dtype)
+    target = outline(config.target, task, compute_dtype=config.compute_dtype, is_frozen=True)
     call = Call(
         min(config.batch_size, config.shard_size),
         task.input_length,
@@ -237,10 +237,8 @@ def of_sweep(config: SweepConfig) -> Outline:
     """Who writes, what is learnt by each loss, and the real decoder."""
     task = load_task(config.task)
     check_meeting(config.target, config.draft)
-    target, draft = (
-        outline(path, task, compute_dtype=config.compute_dtype)
-        for path in (config.target, config.draft)
-    )
+    outlined = functools.partial(outline, task=task, compute_dtype=config.compute_dtype)
+    target, draft = outlined(config.target, is_frozen=True), outlined(config.draft)
     programs = [
         *_training(config, task, target, draft),
         _tried_out(config, task, target, draft),
@@ -342,7 +340,9 @@ def _bench(config: EvaluateConfig) -> Bench:
     """What `open_bench` opens, outlined and without prompts."""
     task = load_task(config.task)
     check_meeting(config.target, *(draft.path for draft in config.drafts))
-    outlined = functools.partial(outline, task=task, compute_dtype=config.compute_dtype)
+    outlined = functools.partial(
+        outline, task=task, compute_dtype=config.compute_dtype, is_frozen=True
+    )
     drafts = [Draft(draft, outlined(draft.path)) for draft in config.drafts]
     nothing = Prompts(np.empty((0, task.input_length), np.int32), np.empty(0, np.int32), [])
     return Bench(config, task, outlined(config.target), drafts, nothing, None)

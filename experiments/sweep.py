@@ -31,7 +31,6 @@ from distillspec_jax.errors import UserError, unknown_name
 from distillspec_jax.files import json_object, write_text
 from distillspec_jax.interop import native
 from distillspec_jax.models.config import check_dtype
-from distillspec_jax.models.fingerprint import fingerprint
 from distillspec_jax.models.transformer import Params
 from distillspec_jax.progress import Progress
 from distillspec_jax.training.optimizers import OptimizerConfig
@@ -70,7 +69,7 @@ class SweepConfig:
     beta: float = 0.5  # of jsd
     batch_size: int = 16
     rollout_length: int = 0  # limit of samples; 0: the task's target length
-    compute_dtype: str = "float32"  # or bfloat16; weights, softmax and loss stay in float32
+    compute_dtype: str = "float32"  # or bfloat16; trained weights, softmax and loss not
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     finetune: FinetuneStage = dataclasses.field(default_factory=FinetuneStage)
     split: str = "test"  # whose prompts are decoded
@@ -120,9 +119,9 @@ def main(config: SweepConfig, workdir: Path) -> None:
             raise UserError(f"the split '{split}' has no references: the control needs them")
     check_meeting(config.target, config.draft)
     dtype = config.compute_dtype
-    target = load(config.target, task, compute_dtype=dtype)
+    target = load(config.target, task, compute_dtype=dtype, is_frozen=True)
     if config.task.teacher_data:
-        task.check_teacher(fingerprint(target.model, target.params))
+        task.check_teacher(target.fingerprint)
     draft = load(config.draft, task, compute_dtype=dtype, seed=config.finetune.seed)
     with Workdir(workdir, "sweep", config, may_change=DIMENSIONS) as run:
         sweep = _Sweep(config, task, target, draft, run.path)
@@ -165,8 +164,8 @@ class _Sweep:
             seed=config.decoding_seed,
         )
         self._models = {
-            "target": fingerprint(target.model, target.params),
-            "draft": fingerprint(draft.model, draft.params),
+            "target": target.fingerprint,
+            "draft": draft.fingerprint,
         }
         splits = {*config.train_splits, config.split}
         self._data = {split: task.examples(split).digest for split in sorted(splits)}

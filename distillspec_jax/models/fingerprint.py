@@ -23,7 +23,7 @@ def fingerprint(model: Transformer, params: Params) -> str:
     """
     digest = hashlib.sha256()
     digest.update(json.dumps({**model.config.as_stored(), "name": ""}, sort_keys=True).encode())
-    sums = jax.device_get(_pairs(params))
+    sums = jax.device_get([_pair(leaf) for leaf in jax.tree.leaves(params)])
     for (path, leaf), pair in zip(jax.tree_util.tree_leaves_with_path(params), sums, strict=True):
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape} {pair}".encode())
     return digest.hexdigest()
@@ -57,13 +57,8 @@ def _as_uint32(leaf: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _pairs(params: Params) -> list[jax.Array]:
-    """Of each leaf [2] uint32."""
-    return [_pair(leaf) for leaf in jax.tree.leaves(params)]
-
-
 def _pair(leaf: jax.Array) -> jax.Array:
-    """sum_i mix(i) bits_i and sum_i mix(i ^ mix(bits_i)): other bits, other sums."""
+    """sum_i mix(i) bits_i and sum_i mix(i ^ mix(bits_i)), [2] uint32: other bits, other sums."""
     width = leaf.dtype.itemsize * 8
     bits = jax.lax.bitcast_convert_type(leaf, f"uint{width}").astype(jnp.uint32)
     strides = np.array([np.prod(leaf.shape[axis + 1 :]) for axis in range(leaf.ndim)])

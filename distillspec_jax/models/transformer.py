@@ -273,14 +273,30 @@ def in_compute_dtype(model: Transformer, params: Params) -> Params:
 
     What is read in float32 stays: scales of norms, biases by distance.
     """
+    as_read = functools.partial(_as_read, jnp.dtype(model.config.dtype))
+    return jax.tree.map_with_path(as_read, params)
 
-    def narrowed(path: Any, leaf: jax.Array) -> jax.Array:
-        dtype = jnp.dtype(model.config.dtype)
-        names = {key.key for key in path}
-        wide = names & {"scale", "relative_bias"} or leaf.dtype.itemsize <= dtype.itemsize
-        return leaf if wide else leaf.astype(dtype)
 
-    return jax.tree.map_with_path(narrowed, params)
+def hold_in_compute_dtype(model: Transformer, params: Params) -> Params:
+    """`in_compute_dtype` for weights that nothing trains; what it converts is gone behind it.
+
+    One leaf after the other: all of both kinds would be 6 bytes a weight.
+    """
+
+    def held(path: Any, leaf: jax.Array) -> jax.Array:
+        read = _as_read(jnp.dtype(model.config.dtype), path, leaf)
+        if read is not leaf:
+            read.block_until_ready()
+            leaf.delete()
+        return read
+
+    return jax.tree.map_with_path(held, params)
+
+
+def _as_read(dtype: np.dtype, path: Any, leaf: jax.Array) -> jax.Array:
+    names = {key.key for key in path}
+    is_wide = names & {"scale", "relative_bias"} or leaf.dtype.itemsize <= dtype.itemsize
+    return leaf if is_wide else leaf.astype(dtype)
 
 
 def unembed(model: Transformer, params: Params, hidden: jax.Array) -> jax.Array:

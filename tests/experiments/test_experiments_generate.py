@@ -236,7 +236,7 @@ def test_sweep_refuses_texts_of_another_target(run, enter, tmp_path, models, tas
 
 def test_other_weights_behind_the_same_path_are_refused(run, tmp_path, models, monkeypatch):
     assert run()[0] is None
-    monkeypatch.setattr(generate, "fingerprint", lambda model, params: "ab" * 32)
+    monkeypatch.setattr("experiments.models.fingerprint", lambda model, params: "ab" * 32)
     code, _, err = run()
     assert code == 2
     assert "was made with another target; choose another folder" in err

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from distillspec_jax.decoding.sampling import Sampling
 from distillspec_jax.decoding.state import Speculation
 from distillspec_jax.errors import UserError
 from distillspec_jax.models import transformer
+from distillspec_jax.models.fingerprint import fingerprint
 from distillspec_jax.training.optimizers import OptimizerConfig, make_optimizer
 from distillspec_jax.training.state import TrainState
 from experiments import (
@@ -181,12 +183,11 @@ MAINS = {each.__name__.rpartition(".")[2]: each for each in (decode, evaluate, g
 
 @pytest.mark.parametrize("name", MAINS)
 def test_models_compute_in_the_dtype_of_the_config(one_device, tmp_path, monkeypatch, name):
-    """In a plan, whose weights stay as large, as in a run."""
+    """In a plan as in a run; weights that nothing trains are as products read them."""
     config = dataclasses.replace(one_device[name], compute_dtype="bfloat16")
     of = getattr(planning_decoding, f"of_{name}")
     wide, narrow = of(one_device[name]), of(config)
     assert {each.model.config.dtype for each in narrow.models.values()} == {"bfloat16"}
-    assert narrow.weights == wide.weights
 
     real, loaded = models.load, []
 
@@ -201,8 +202,16 @@ def test_models_compute_in_the_dtype_of_the_config(one_device, tmp_path, monkeyp
     monkeypatch.setattr(decode, "Decoder", functools.partial(decode.Decoder, load=load))
     with pytest.raises(KeyboardInterrupt):
         MAINS[name].main(config, tmp_path)
-    assert {each.model.config.dtype for each in loaded} == {"bfloat16"}
-    assert {x.dtype.name for each in loaded for x in jax.tree.leaves(each.params)} == {"float32"}
+    held = real_bytes([each.params for each in loaded])
+    assert held == narrow.weights - narrow.copies < wide.weights - wide.copies
+    for each, planned in zip(loaded, narrow.models.values(), strict=True):
+        is_trained = (name, each.path) == ("sweep", DRAFT)
+        assert each.params["embedding"].dtype == (jnp.float32 if is_trained else jnp.bfloat16)
+        kinds = [jax.tree.map(lambda x: (x.shape, x.dtype), m.params) for m in (each, planned)]
+        assert kinds[0] == kinds[1]
+        model, params = zoo.load(each.path)
+        assert each.model.config.dtype == "bfloat16"
+        assert each.fingerprint == fingerprint(model, params)
 
 
 @pytest.mark.parametrize("name", MAINS)
@@ -222,12 +231,14 @@ def test_a_plan_says_what_it_computes_in(one_device, capsys):
     """The CPU's compiler shows no gain, so the plan says that an accelerator has it."""
     config = one_device["generate"]
     plan = planning_decoding.planner(planning_decoding.of_generate)
-    for dtype, advised, noted in (("float32", 1, 0), ("bfloat16", 0, 1)):
-        assert plan(dataclasses.replace(config, compute_dtype=dtype), 6e-5) == planning.TOO_LARGE
+    weights_alone, too_little = 1e-9, 4e-5  # GiB
+    for gib, dtype in itertools.product((weights_alone, too_little), ("float32", "bfloat16")):
+        assert plan(dataclasses.replace(config, compute_dtype=dtype), gib) == planning.TOO_LARGE
         out = capsys.readouterr().out
         assert f"parameters, computes in {dtype}\n" in out
-        assert out.count("config.compute_dtype 'bfloat16'") == advised
-        assert out.count("an accelerator holds less than this") == noted
+        assert ("the weights alone take" in out) == (gib == weights_alone)
+        assert ("config.compute_dtype 'bfloat16'" in out) == (dtype == "float32")
+        assert ("an accelerator holds less than this" in out) == (dtype == "bfloat16")
 
 
 def test_slots_hold_what_a_batch_holds(outlined, one_device, pair):

@@ -24,6 +24,7 @@ from distillspec_jax.data.tasks import TaskConfig, load_task
 from distillspec_jax.data.vocabulary import load_vocabulary
 from distillspec_jax.decoding.sampling import Sampling
 from distillspec_jax.distill.recipes import Recipe
+from distillspec_jax.models.transformer import in_compute_dtype
 from distillspec_jax.sharding.mesh import MeshConfig
 from distillspec_jax.training import optimizers
 from distillspec_jax.training.loop import LoopConfig, Memory, Result
@@ -361,12 +362,12 @@ def test_distill_loads_and_steps_as_asked_for(distilled):
     assert settings == [19, 5, 2]
     assert step["state_shardings"] == places(state)
 
-    _, target = loads[config.target]["returned"]
-    _, reference = loads[config.reference]["returned"]
     called = distilled.train["step_fn"]("state", "batch")
     assert called[::2] == ("state", "batch")
-    assert called[1] is target
-    assert called[3] is reference
+    _, target, _, reference = called
+    for held, path in (target, config.target), (reference, config.reference):
+        expected = in_compute_dtype(step["target"], zoo.load(path)[1])
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(held), expected)
     layout = distilled.layout
     assert places(target) == layout.params("replicated")(step["target"].config)
     sharded = layout.params("sharded")(step["draft"].config)

@@ -156,6 +156,18 @@ def test_weights_are_narrowed_but_for_what_is_read_in_float32(model, params):
         assert all(a is b for a, b in zip(*map(jax.tree.leaves, (kept, stored)), strict=True))
 
 
+def test_held_weights_are_those_that_products_read(model, params):
+    given = jax.tree.map(jnp.copy, params)
+    held = transformer.hold_in_compute_dtype(model, given)
+    expected = transformer.in_compute_dtype(model, params)
+    for (path, leaf), like, old in zip(
+        jax.tree.leaves_with_path(held), *map(jax.tree.leaves, (expected, given)), strict=True
+    ):
+        assert leaf.dtype == like.dtype, path
+        np.testing.assert_array_equal(leaf, like)
+        assert old.is_deleted() == (leaf is not old) == (leaf.dtype == jnp.bfloat16), path
+
+
 def plain(model, params):
     return generate(model, params, INPUTS, jax.random.key(0), max_new_tokens=5)
 

@@ -1,5 +1,6 @@
 """On-policy steps on eight virtual devices, in any mesh, against one device."""
 
+import dataclasses
 import functools
 import re
 
@@ -164,6 +165,16 @@ def test_a_device_holds_its_part():
     target = fresh(TARGET, layout, "sharded", 1)
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(target))
     assert whole / 4 <= device_bytes(target) < whole / 3.5  # norms are split in two only
+
+
+def test_weights_held_narrower_lie_where_they_did():
+    layout = Layout(make_mesh(MeshConfig(2, 2, 2)))
+    target = fresh(TARGET, layout, "sharded", 1)
+    places = [leaf.sharding for leaf in jax.tree.leaves(target)]
+    narrow = Transformer(dataclasses.replace(TARGET.config, dtype="bfloat16"))
+    held = jax.tree.leaves(transformer.hold_in_compute_dtype(narrow, target))
+    assert {leaf.dtype.name for leaf in held} == {"bfloat16", "float32"}
+    assert [leaf.sharding for leaf in held] == places
 
 
 def test_rows_that_the_mesh_does_not_divide_are_refused():
