@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -74,6 +75,8 @@ def initialize(folder: Path, environment: Mapping[str, str] = os.environ) -> Non
                 f"host {index} of {expected} needs DISTILLSPEC_HOST below DISTILLSPEC_HOSTS, and "
                 "JAX_COORDINATOR_ADDRESS (host:port of host 0)"
             )
+        if index == 0:
+            _check_port(int(address.rpartition(":")[2]))
         arguments = {"num_processes": expected, "process_id": index}
         me = str(index)
     if folder.is_file():
@@ -103,6 +106,19 @@ def initialize(folder: Path, environment: Mapping[str, str] = os.environ) -> Non
         patience.cancel()
     (arrivals / me).unlink(missing_ok=True)  # all are here; a restart must not take it for new
     _check_shared(folder, min(_SEEN_SECONDS, limit / 2))
+
+
+def _check_port(port: int) -> None:
+    """Refuses a port that this host cannot listen on: there the engine breaks, or crashes."""
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"host 0 cannot listen on port {port} of JAX_COORDINATOR_ADDRESS ({error}); give one "
+            "that is free there, the same on all hosts"
+        ) from error
 
 
 def is_one_host(environment: Mapping[str, str] = os.environ) -> bool:

@@ -393,6 +393,32 @@ def test_a_host_that_does_not_come_is_named(environment, config_file, tmp_path):
     assert "error: hosts 1, 2 of 3 did not come within 2 seconds" in done.stderr
 
 
+@pytest.mark.parametrize("port", [None, 70000])
+def test_a_port_that_host_0_cannot_have_is_told(environment, config_file, tmp_path, port):
+    with socket.create_server(("localhost", 0)) as taken:
+        port = port or taken.getsockname()[1]
+        variables = environment(
+            1,
+            DISTILLSPEC_HOSTS="2",
+            DISTILLSPEC_HOST="0",
+            JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
+        )
+        arguments = [f"--config={config_file('distill')}", f"--workdir={tmp_path / 'run'}"]
+        done = subprocess.run(
+            [sys.executable, "-m", "experiments.distill", *arguments],
+            cwd=ROOT,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+    assert done.returncode == 2
+    expected = f"error: host 0 cannot listen on port {port} of JAX_COORDINATOR_ADDRESS ("
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture
 def start_apart(environment):
     """Starts two hosts of `distill`, each with flags of its own and in a folder of its own."""
