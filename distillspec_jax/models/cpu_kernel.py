@@ -1,9 +1,9 @@
 """A product of few rows for the host's own vector registers, which XLA calls as a foreign function.
 
-    for each strip of the weights' lines          12 to 64 lines
+    for each strip of the weights' lines          12 to 128 lines
       for each tile of outputs                    as many vectors as the registers hold
         for each group of rows                    8 of them; the tile's weights stay in the cache
-          for each line of the strip              every weight is fetched once, in order
+          for each line of the strip              every weight is fetched once, some tiles ahead
             add x[row, line] * weights[line, tile] for each row of the group
 
 The threads of XLA's pool share the lines, half and half, so that each reads on in order; more than
@@ -39,10 +39,12 @@ SHARED = 2**16  # weights: fewer are not worth waking a second thread for
 _FEATURES = llvm.get_host_cpu_features()
 LANES = 16 if _FEATURES.get("avx512f") else 8 if _FEATURES.get("avx2") else 4  # float32 a register
 REGISTERS = 16 if LANES == 8 else 32
-# Lines of weights between two visits of a tile, for each of the first two groups of rows, while
-# reading is the cost: as many as the processor follows as it fetches ahead. AMD's loses track of
-# more. With more rows arithmetic is the cost, and LONGEST.
-STRIP, LONGEST = 12 if llvm.get_host_cpu_name().startswith("znver") else 32, 64
+# Lines of weights between two visits of a tile: of FEW rows, for which reading is the cost, as many
+# as the processor follows as it fetches ahead (AMD's loses track of more); of a group; of several.
+FEW = 4
+STRIPS = (12, 32, 128) if llvm.get_host_cpu_name().startswith("znver") else (32, 32, 64)
+AHEAD = 64  # lines of tiles to come that are fetched into the second-level cache: at least a tile's
+HALVED = 32  # lines: what half of them is a multiple of
 
 BYTE, INT, LONG, VOID = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.VoidType()
 FLOAT, POINTER = ir.FloatType(), BYTE.as_pointer()
@@ -202,7 +204,7 @@ class _Kernel:
         if self.transposed or self.has_ends:
             return inputs, splits
         halved = code.and_(alone, code.icmp_unsigned("==", products, LONG(1)))
-        half = code.mul(self._ceil(inputs, LONG(2 * STRIP)), LONG(STRIP))
+        half = code.mul(self._ceil(inputs, LONG(2 * HALVED)), LONG(HALVED))
         even = code.icmp_unsigned("==", code.urem(threads, LONG(2)), LONG(0))
         fewer = code.select(even, code.udiv(threads, LONG(2)), threads)
         return code.select(halved, half, inputs), code.select(halved, fewer, splits)
@@ -337,6 +339,9 @@ class _Kernel:
         mine = [code.mul(code.add(row, LONG(i)), self.inputs) for i in range(rows)]
         with self._loop(LONG(0), self.inputs, LANES) as k:
             weights = [self._load(self.weights, code.add(start, k)) for start in starts]
+            below = code.add(k, code.mul(LONG(lines), self.inputs))
+            for start in starts:  # the next tile's
+                self._prefetch(code.gep(self.weights, [code.add(start, below)]))
             for start, totals in zip(mine, sums, strict=True):
                 self._add(self._load(self.x, code.add(start, k)), weights, totals)
         name = f"llvm.vector.reduce.fadd.v{LANES}f32"
@@ -351,16 +356,31 @@ class _Kernel:
         """Outputs first..last, strip by strip; in a strip tile by tile, for all rows."""
         code = self.code
         whole = code.sub(last, code.urem(code.sub(last, first), LONG(self.wide)))
-        groups = self._ceil(self.rows, LONG(GROUP))
-        reads = code.icmp_unsigned("<", groups, LONG(3))
-        height = code.select(reads, code.mul(groups, LONG(STRIP)), LONG(LONGEST))
+        few, some, many = STRIPS
+        of_group = few if self.group <= FEW else some
+        is_one = code.icmp_unsigned("<=", self.rows, LONG(GROUP))
+        height = code.select(is_one, LONG(of_group), LONG(many))
+        tiles = code.select(is_one, *(LONG(max(1, AHEAD // each)) for each in (of_group, many)))
         with self._loop(self.begin, self.lines, height) as strip:
-            end = self._least(code.add(strip, height), self.lines)
+            below = code.add(strip, height)
+            end = self._least(below, self.lines)
             for start, stop, width in ((first, whole, self.wide), (whole, last, LANES)):
                 with self._loop(start, stop, width) as column:
-                    self._of_rows(functools.partial(self._tile, strip, end, column, width))
+                    ahead = code.add(column, code.mul(tiles, LONG(self.wide)))
+                    ahead = self._place(ahead, strip, below, first, last)
+                    self._of_rows(functools.partial(self._tile, strip, end, column, width, ahead))
 
-    def _tile(self, strip: Any, end: Any, column: Any, width: int, row: Any, rows: int) -> None:
+    def _place(self, column: Any, strip: Any, below: Any, first: Any, last: Any) -> Any:
+        """Of a column of a strip's first line; behind the last column that of the next strip."""
+        code = self.code
+        is_here = code.icmp_unsigned("<", column, last)
+        wrapped = code.sub(column, code.sub(last, first))
+        line, column = code.select(is_here, strip, below), code.select(is_here, column, wrapped)
+        return code.add(code.mul(line, self.outputs), column)
+
+    def _tile(
+        self, strip: Any, end: Any, column: Any, width: int, ahead: Any, row: Any, rows: int
+    ) -> None:
         """Adds what the weights' lines strip..end give to `width` outputs of some rows."""
         code = self.code
         offsets = range(0, width, LANES)
@@ -375,8 +395,9 @@ class _Kernel:
         with self._loop(strip, end, 1) as k:
             line = code.add(code.mul(k, self.outputs), column)
             weights = [self._load(self.weights, line, offset) for offset in offsets]
-            for offset in range(width, 2 * width, 16):  # the next tile's, a cache line each
-                self._prefetch(code.gep(self.weights, [code.add(line, LONG(offset))]))
+            to_come = code.add(ahead, code.mul(code.sub(k, strip), self.outputs))
+            for offset in range(0, width, 16):  # a cache line each
+                self._prefetch(code.gep(self.weights, [code.add(to_come, LONG(offset))]))
             for start, totals in zip(starts, sums, strict=True):
                 x = self._spread(code.load(code.gep(self.x, [code.add(start, k)])))
                 self._add(x, weights, totals)
@@ -412,7 +433,7 @@ class _Kernel:
 
     def _prefetch(self, place: Any) -> None:
         fetch = self._function("llvm.prefetch.p0", VOID, [POINTER, INT, INT, INT])
-        flags = [INT(flag) for flag in (0, 3, 1)]  # to read, to keep, data
+        flags = [INT(flag) for flag in (0, 2, 1)]  # to read, into the second level, data
         self.code.call(fetch, [self.code.bitcast(place, POINTER), *flags])
 
     @contextlib.contextmanager
