@@ -372,39 +372,20 @@ def test_a_host_that_dies_is_named(meet, victim):
     assert NAMED[victim].search(out), out[-3000:]
 
 
-def test_a_host_that_does_not_come_is_named(environment, config_file, tmp_path):
-    variables = environment(
-        1,
-        DISTILLSPEC_HOSTS="3",
-        DISTILLSPEC_HOST="0",
-        JAX_COORDINATOR_ADDRESS=f"localhost:{free_port()}",
-        DISTILLSPEC_HOSTS_TIMEOUT="2",
-    )
-    arguments = [f"--config={config_file('distill')}", f"--workdir={tmp_path / 'run'}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.distill", *arguments],
-        cwd=ROOT,
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == hosts.LOST
-    assert "error: hosts 1, 2 of 3 did not come within 2 seconds" in done.stderr
+@pytest.fixture
+def run_first(environment, config_file, tmp_path):
+    """Runs host 0 of several, and no other, at a port of its machine."""
 
-
-@pytest.mark.parametrize("port", [None, 70000])
-def test_a_port_that_host_0_cannot_have_is_told(environment, config_file, tmp_path, port):
-    with socket.create_server(("localhost", 0)) as taken:
-        port = port or taken.getsockname()[1]
+    def run_first(count, port, **more):
         variables = environment(
             1,
-            DISTILLSPEC_HOSTS="2",
+            DISTILLSPEC_HOSTS=str(count),
             DISTILLSPEC_HOST="0",
             JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
+            **more,
         )
         arguments = [f"--config={config_file('distill')}", f"--workdir={tmp_path / 'run'}"]
-        done = subprocess.run(
+        return subprocess.run(
             [sys.executable, "-m", "experiments.distill", *arguments],
             cwd=ROOT,
             env=variables,
@@ -412,6 +393,21 @@ def test_a_port_that_host_0_cannot_have_is_told(environment, config_file, tmp_pa
             text=True,
             timeout=200,
         )
+
+    return run_first
+
+
+def test_a_host_that_does_not_come_is_named(run_first):
+    done = run_first(3, free_port(), DISTILLSPEC_HOSTS_TIMEOUT="2")
+    assert done.returncode == hosts.LOST
+    assert "error: hosts 1, 2 of 3 did not come within 2 seconds" in done.stderr
+
+
+@pytest.mark.parametrize("port", [None, 70000])
+def test_a_port_that_host_0_cannot_have_is_told(run_first, tmp_path, port):
+    with socket.create_server(("localhost", 0)) as taken:
+        port = port or taken.getsockname()[1]
+        done = run_first(2, port)
     assert done.returncode == 2
     expected = f"error: host 0 cannot listen on port {port} of JAX_COORDINATOR_ADDRESS ("
     assert expected in done.stderr
