@@ -56,7 +56,7 @@ class Config:
     teacher_length: int = 56
     teacher_batches: int = 32  # each timed `rounds` times, with and without the draft
     utilisation: Pair = Pair(target="t5_base", draft="t5_small", input_length=64)
-    compute_dtype: str = "float32"  # or bfloat16, of that part; weights and loss stay in float32
+    compute_dtype: str = "float32"  # or bfloat16, of that part; trained weights and loss not
     peak_teraflops: float = 0.0  # of the device; 0: what a product of large matrices reaches
     product_size: int = 2048  # rows of those square matrices; an accelerator takes larger ones
 

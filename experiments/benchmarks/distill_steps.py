@@ -22,7 +22,7 @@ from distillspec_jax.distill.step import make_distill_step, make_rollout, make_u
 from distillspec_jax.evaluation.latency import Timing, side_by_side
 from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.models.presets import preset
-from distillspec_jax.models.transformer import Transformer, init_params
+from distillspec_jax.models.transformer import Transformer, in_compute_dtype, init_params
 from distillspec_jax.training.optimizers import make_optimizer
 from distillspec_jax.training.state import TrainState
 from experiments.benchmarks.decode_plain import ratio
@@ -167,7 +167,8 @@ class Ours:
         def fresh() -> tuple[TrainState, Any]:
             keys = jax.random.split(jax.random.key(seed), 2)
             state = TrainState.create(init_params(self.draft, keys[0]), rule, seed=seed)
-            return state, init_params(self.target, keys[1])
+            target_params = init_params(self.target, keys[1])
+            return state, in_compute_dtype(self.target, target_params)  # as `distill` holds them
 
         self.state, self.target_params = jax.eval_shape(fresh) if abstract else jax.jit(fresh)()
 

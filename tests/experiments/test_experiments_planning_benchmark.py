@@ -127,6 +127,9 @@ def test_steps_are_planned_as_they_are_timed(learning, part):
         assert program.lowered.as_text() == step.lower(name).as_text()
     assert outline.weights == sum(size((s.state, s.target_params)) for s in steps.values())
     assert outline.dtype == ("bfloat16" if part == "utilisation" else "float32")
+    for step in steps.values():  # as `distill` holds them
+        assert step.target_params["embedding"].dtype == outline.dtype
+        assert step.state.params["embedding"].dtype == "float32"
 
 
 def test_what_a_target_teaches_is_planned_as_it_is_timed(learning, taught):
