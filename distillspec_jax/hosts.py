@@ -203,8 +203,9 @@ def is_of_engine(error: BaseException) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the engine found no memory, however its backend words it."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and bool(_NO_MEMORY.search(str(error)))
+    """Whether Python or the engine found no memory, however its backend words it."""
+    of_jax = isinstance(error, jax.errors.JaxRuntimeError)
+    return isinstance(error, MemoryError) or (of_jax and bool(_NO_MEMORY.search(str(error))))
 
 
 def failed(error: BaseException, environment: Mapping[str, str] = os.environ) -> int:

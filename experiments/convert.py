@@ -68,17 +68,22 @@ def main() -> None:
     found = zoo.describe(source)
     writes_tokenizer = _FORMAT.value == "huggingface"
     files = tokenizers.files_for(_TOKENIZER.value, found) if writes_tokenizer else {}
-    model, params = zoo.load(source)
-    print(f"{source}: {found['kind']}, {layout.num_parameters(model.config):,} parameters")
+    config = ModelConfig(**found["model"])
+    print(f"{source}: {found['kind']}, {layout.num_parameters(config):,} parameters")
     options = _cut_options()
     card = {key: value for key, value in found.items() if key not in _OWN_KEYS}
     if options or _FRESH.value is not None:  # then nothing else that its maker said still holds
         card = {key: value for key, value in card.items() if key.startswith("vocabulary_")}
+    if _FRESH.value is not None:  # then the source's own are not read
+        model = Transformer(cut(config, name=folder.name, **options) if options else config)
+        params = init_params(model, jax.random.key(_FRESH.value))
+    else:
+        model, params = zoo.load(source)
+        if options:
+            model, params = slim(model, params, name=folder.name, **options)
     if options:
-        model, params = slim(model, params, name=folder.name, **options)
         print(f"cut to {layout.num_parameters(model.config):,} parameters")
     if _FRESH.value is not None:
-        params = init_params(model, jax.random.key(_FRESH.value))
         print(f"weights drawn anew, seed {_FRESH.value}")
     _write(model, params, folder, files, card | {"converted_from": source})
     print(f"{folder}: {_FORMAT.value}, {_DTYPE.value}")
@@ -90,12 +95,14 @@ def plan(memory_gib: float | None) -> int | None:
     """Says how many weights are held and written; nothing is read, nothing is compiled."""
     source, folder = _checked_flags()
     config = ModelConfig(**zoo.describe(source)["model"])
-    counts = {"read": layout.num_parameters(config)}
+    is_fresh = _FRESH.value is not None
+    counts = {} if is_fresh else {"read": layout.num_parameters(config)}
     options = _cut_options()
     if options:
         config = cut(config, name=folder.name, **options)
-        counts["cut to"] = layout.num_parameters(config)
     written = layout.num_parameters(config)
+    if options or is_fresh:
+        counts["drawn" if is_fresh else "cut to"] = written
     print("plan of convert, nothing is allocated")
     for name, count in counts.items():
         print(f"  {name}: {count:,} parameters, {4 * count / GIB:.3f} GiB as float32")

@@ -122,12 +122,13 @@ def _run(start: Callable[[Sequence[str]], None], parse: Callable[..., list[str]]
     """absl's `app.run`; Ctrl-C is answered from the first moment to the last."""
     before = signal.getsignal(signal.SIGINT)
     is_main = threading.current_thread() is threading.main_thread()
-    if is_main:
+    listens = is_main and before != signal.SIG_IGN  # as a shell starts a job in the background
+    if listens:
         signal.signal(signal.SIGINT, _interrupted)
     try:
         app.run(start, flags_parser=parse)
     finally:
-        if is_main:
+        if listens:
             signal.signal(signal.SIGINT, before)
 
 
@@ -207,12 +208,14 @@ def _or_exit(action: Callable[[], Any]) -> Any:
         return action()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-    except MemoryError as error:
-        _say_too_large(error)
-    except jax.errors.JaxRuntimeError as error:
-        if not hosts.is_out_of_memory(error):
-            raise
-        _say_too_large(error)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not hosts.is_out_of_memory(error) or jax.distributed.is_initialized():
+            raise  # of several hosts the one that has too little is named
+        print(
+            f"error: this does not fit into memory ({first_line(error)}); --plan says what is "
+            "needed and which option makes it less",
+            file=sys.stderr,
+        )
     except OSError as error:
         right = _MENDS.get(error.errno or 0)
         if right is None:
@@ -220,14 +223,6 @@ def _or_exit(action: Callable[[], Any]) -> Any:
         where = f": {error.filename}" if error.filename else ""
         print(f"error: {error.strerror}{where}; {right} or choose another place", file=sys.stderr)
     sys.exit(BAD_INPUT)
-
-
-def _say_too_large(error: BaseException) -> None:
-    print(
-        f"error: this does not fit into memory ({first_line(error)}); --plan says what is needed "
-        "and which option makes it less",
-        file=sys.stderr,
-    )
 
 
 def _parse_flags(argv: Sequence[str], config_class: type) -> list[str]:

@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 from absl import flags
 
 from distillspec_jax.errors import UserError
+from distillspec_jax.files import json_object
 from distillspec_jax.progress import Progress
 from distillspec_jax.run_folders import FOLDER
 from distillspec_jax.training.metrics import JSONL
@@ -103,6 +104,12 @@ def _start(workdir: Path, log: Path) -> subprocess.Popen[bytes]:
 def _run(workdir: Path, log: Path) -> None:
     """To the end, unless it is there."""
     if (workdir / SUMMARY).exists():
+        steps = json_object((workdir / SUMMARY).read_text("utf-8")).get("steps")
+        if steps != _STEPS.value:
+            raise UserError(
+                f"the run in {workdir} has {steps} steps, and --steps is {_STEPS.value}; give "
+                f"--steps={steps} or another --workdir"
+            )
         return
     code = _start(workdir, log).wait()
     if code:

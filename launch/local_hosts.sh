@@ -27,10 +27,12 @@ fi
 
 # Line by line: sed would hold lines back until it has some thousand bytes.
 mark() {
+  trap '' INT TERM # it reads on until its host has left, whoever was told to stop
   while IFS= read -r line || [ -n "$line" ]; do printf '[%s] %s\n' "$1" "$line"; done
 }
 
 pids=()
+trap 'kill ${pids[@]+"${pids[@]}"} 2>/dev/null || true' TERM INT
 for ((host = 0; host < hosts; host++)); do
   command=(env "JAX_COORDINATOR_ADDRESS=localhost:$port" "DISTILLSPEC_HOSTS=$hosts"
     "DISTILLSPEC_HOST=$host" "$python" -m "experiments.$entrypoint" "$@")
@@ -43,7 +45,6 @@ for ((host = 0; host < hosts; host++)); do
   fi
 done
 
-trap 'kill "${pids[@]}" 2>/dev/null || true' TERM INT
 saved=143 # how a host leaves that was told to stop: the others are still saving
 failed() { [ "$1" != 0 ] && [ "$1" != "$saved" ]; }
 status=0
@@ -60,7 +61,7 @@ while [ "${#pids[@]}" -gt 0 ] && ! failed "$status"; do
     fi
   done
   pids=(${running[@]+"${running[@]}"})
-  sleep 0.2
+  sleep 0.2 || true # Ctrl-C ends it, too
 done
 if [ "$status" != 0 ] && [ "${#pids[@]}" -gt 0 ]; then
   kill "${pids[@]}" 2>/dev/null || true

@@ -36,7 +36,9 @@ ${run[@]+"${run[@]}"} git archive --output="$archive" HEAD
 ${run[@]+"${run[@]}"} gcloud compute tpus tpu-vm scp "$archive" "$name": --zone="$zone" --worker=all
 ${run[@]+"${run[@]}"} gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="
   set -e
-  mkdir -p distillspec_jax && cd distillspec_jax && tar -xzf ../${archive##*/}
+  mkdir -p distillspec_jax && cd distillspec_jax
+  rm -rf distillspec_jax experiments launch tests # of the commit before: nothing of it may stay
+  tar -xzf ../${archive##*/}
   rm ../${archive##*/}
   source launch/environment.sh && make_environment tpu
   source launch/xla_flags.sh && xla_flags tpu

@@ -15,7 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 
 import distillspec_jax
-from distillspec_jax.errors import UserError, first_line
+from distillspec_jax.errors import UserError, check_count, first_line
 from distillspec_jax.interop import layout, placing
 from distillspec_jax.interop.folders import new_folder, refuse_links
 from distillspec_jax.interop.native import model_config
@@ -101,8 +101,10 @@ def save(
 ) -> None:
     """Writes `<workdir>/checkpoints/<step>` with the weights of a model, whole or not at all.
 
-    `description` may hold "step" (default 0), "vocabulary_fingerprint" and more.
+    `description` may hold "step" (default 0), "vocabulary_fingerprint" and more. Raises UserError
+    for a step that is no number: it becomes the name of a folder.
     """
+    check_count("step of the description", description.get("step", 0), least=0)
     check_has_end(model.config.eos_id, f"model '{model.config.name}'")
     stored = {
         "step": 0,

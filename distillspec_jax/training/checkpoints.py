@@ -77,6 +77,18 @@ _NO_WRITING = re.compile(
 _Read = tuple[Any, dict[str, Any], dict[str, Any]]  # params, the rest of the state, memory
 
 
+class _Manager(ocp.CheckpointManager):
+    """Leaves it to the loop to ask JAX whether to stop.
+
+    Asked here as well, behind the steps and of an older one, JAX would agree on a step that the
+    loop has passed, and no host would ever stop.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        del step
+        return False
+
+
 class Checkpoints:
     """Saves and restores a run below `<workdir>/checkpoints`; see the layout above."""
 
@@ -98,7 +110,7 @@ class Checkpoints:
         # Orbax lets processes that it is told by number meet at their coordinator, others in a
         # program on the devices, which has to keep its place among the steps
         together = set(range(jax.process_count())) if jax.process_count() > 1 else None
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self._folder,
             item_names=ITEMS,
             options=ocp.CheckpointManagerOptions(
@@ -390,7 +402,7 @@ def _split(state: TrainState) -> tuple[Any, dict[str, Any]]:
     }
     if state.average is not None:
         training["trained_params"] = state.params
-    return state.best_params, training
+    return state.averaged_params, training
 
 
 def _join(state: TrainState, params: Any, training: dict[str, Any]) -> TrainState:

@@ -81,6 +81,23 @@ def test_an_entrypoint_of_a_pod_without_flags_gets_none():
     assert done.stdout.endswith(" -m experiments.evaluate\n")
 
 
+def test_a_pod_keeps_nothing_of_the_commit_before(tmp_path):
+    """All that Python could import or a shell run; environment and runs stay."""
+    done = run("tpu_pod.sh", "--dry-run", "pod", "zone", "distill")
+    command = done.stdout.partition("--command=")[2]
+    unpacking = command[: command.index("  rm ../")]
+    archive = re.search(r"tar -xzf (\S+)", unpacking)[1]
+    place = tmp_path / "distillspec_jax"
+    for folder in ("distillspec_jax/distillspec_jax", "distillspec_jax/experiments", "new/launch"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("distillspec_jax/gone.py", "experiments/gone.py", "kept"):
+        (place / name).write_text("")
+    sent = str(place / archive)
+    subprocess.run(["tar", "-C", tmp_path / "new", "-czf", sent, "launch"], check=True)
+    subprocess.run(["bash", "-c", unpacking], cwd=tmp_path, check=True)
+    assert sorted(path.name for path in place.iterdir()) == ["kept", "launch"]
+
+
 # Stands in for git and gcloud: makes the archive, and notes what is there when it is sent.
 SENDER = """#!/usr/bin/env bash
 case "$1" in

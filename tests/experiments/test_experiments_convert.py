@@ -1,6 +1,7 @@
 """Conversion from the command line: every pair of formats, and nothing by halves."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,12 @@ def test_a_draft_is_cut_out_of_a_target(tmp_path, run):
     card = json.loads((tmp_path / "d" / "card.json").read_text())
     assert "steps" not in card  # they were the target's
     assert card["vocabulary_fingerprint"] == load_vocabulary("arithmetic_stories").fingerprint
+
+
+def test_a_fresh_draft_reads_no_weights(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(zoo, "load", lambda *_, **__: pytest.fail("read"))
+    said = run(**from_to("stories-target", tmp_path / "a", fresh=1, d_ff=40, format="native"))
+    assert re.search(r"parameters\ncut to [\d,]+ parameters\nweights drawn anew, seed 1\n", said)
 
 
 def test_a_fresh_draft_has_the_shape_and_the_vocabulary_alone(tmp_path, run):

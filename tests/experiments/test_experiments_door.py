@@ -375,6 +375,22 @@ def test_ctrl_c_stops_wherever_it_comes(tmp_path):
     assert err == "\nstopped; the same command goes on or starts again\n"
 
 
+def test_a_job_in_the_background_leaves_ctrl_c_to_the_terminal_s_other_jobs(call, tmp_path):
+    """As a shell starts it: with SIGINT ignored."""
+    seen = []
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        call(
+            "--config=CONFIG",
+            f"--workdir={tmp_path}",
+            main=lambda config, workdir: seen.append(signal.getsignal(signal.SIGINT)),
+        )
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen == [signal.SIG_IGN]
+
+
 def test_ctrl_c_in_the_middle_of_a_print_stops_as_well(monkeypatch):
     def left(code):
         raise SystemExit(code)

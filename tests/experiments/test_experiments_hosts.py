@@ -241,15 +241,34 @@ def wait_for(job, words):
 LONG = ("--config.steps=100000", "--config.loop.log_every=0")
 
 
+def stopped_at(tmp_path, out):
+    """The step that the hosts stopped at, which is saved."""
+    step = int(re.search(r"stopped at step (\d+), all saved", out)[1])
+    assert (tmp_path / "run" / "checkpoints" / str(step)).is_dir()
+    return step
+
+
 @pytest.mark.slow
-def test_one_host_told_to_stop_stops_all_and_all_is_saved(start, tmp_path):
-    job = start("run", 2, 1, {"data": 2}, *LONG)
+@pytest.mark.parametrize("save_every", [1, 3])
+def test_one_host_told_to_stop_stops_all_and_all_is_saved(start, tmp_path, save_every):
+    job = start("run", 2, 1, {"data": 2}, *LONG, f"--config.loop.save_every={save_every}")
     wait_for(job, "distill: ")
     time.sleep(6)
     os.kill(processes(job)[1], signal.SIGTERM)
-    out = finish(job, 143)
-    step = int(re.search(r"stopped at step (\d+), all saved", out)[1])
-    assert (tmp_path / "run" / "checkpoints" / str(step)).is_dir()
+    stopped_at(tmp_path, finish(job, 143))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_a_terminal_tells_all_processes_stops_the_hosts_and_all_is_saved(
+    start, tmp_path, number
+):
+    """Those that mark the lines as well, and the script itself in the middle of its sleep."""
+    job = start("run", 2, 1, {"data": 2}, *LONG, "--config.loop.save_every=100000")
+    wait_for(job, "distill: ")
+    time.sleep(6)
+    os.killpg(job.pid, number)
+    assert stopped_at(tmp_path, finish(job, 143)) > 0
 
 
 NAMED = (  # how the engine names host 0, which all others ask, and how host 1
@@ -644,8 +663,9 @@ def test_only_what_breaks_between_hosts_is_their_loss(monkeypatch, capsys, text,
 
     monkeypatch.setattr(time, "sleep", slept.append)
     monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     with pytest.raises(Left, match=f"^{code}$"):
-        door._among_hosts(action)
+        door._among_hosts(lambda: door._or_exit(action))
     assert words in capsys.readouterr().err
     assert slept == [310] * (code == hosts.LOST)  # the engine's heartbeat has the last word
 

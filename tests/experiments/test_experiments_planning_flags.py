@@ -84,6 +84,8 @@ def converting(leave):
     [
         ((), ["read: 127,488 parameters, 0.000 GiB as float32", "written: 0.000 GiB of native"]),
         (("--d_ff=3",), ["cut to: 79,488 parameters"]),
+        (("--fresh=1",), ["drawn: 127,488 parameters, 0.000 GiB as", "holds up to 0.000 GiB"]),
+        (("--fresh=1", "--d_ff=3"), ["drawn: 79,488 parameters"]),
         (("--device_memory_gib=0.0004", "--verify"), ["does not fit: 0.00 of 0.0004 GiB; leave"]),
     ],
 )
@@ -95,6 +97,7 @@ def test_a_conversion_is_planned_without_reading(converting, tmp_path, monkeypat
     assert "plan of convert, nothing is allocated\n" in out
     for line in lines:
         assert line in out
+    assert out.count("parameters, ") == 1 + ("--d_ff=3" in more and "--fresh=1" not in more)
     assert not (tmp_path / "out").exists()
 
 

@@ -329,3 +329,10 @@ def test_byt5_needs_no_vocabulary_file(tmp_path, random_model):
     settings = {"tokenizer_config.json": b'{"tokenizer_class": "ByT5Tokenizer"}'}
     huggingface.save(*random_model(config), tmp_path / "x", extra_files=settings)
     assert zoo.load(tmp_path / "x")[0].config.num_pieces == 384
+
+
+@pytest.mark.parametrize("step", ["../../../escaped", "3000 of 3000", -1, 2.0, True, None])
+def test_a_step_that_is_no_number_names_no_folder(tiny, tmp_path, step):
+    with pytest.raises(UserError, match=r"step of the description is .*; it must be"):
+        orbax.save(*tiny, tmp_path / "a" / "b" / "run", {"step": step})
+    assert list(tmp_path.iterdir()) == []

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from jax.experimental import multihost_utils
 
 from distillspec_jax.errors import UserError
 from distillspec_jax.models.fingerprint import checksums
@@ -537,3 +538,15 @@ def test_what_another_start_may_mend_is_no_bad_input(make_toy, monkeypatch, erro
         checkpoints.wait()
     monkeypatch.undo()
     checkpoints.close()
+
+
+def test_a_save_does_not_ask_whether_to_stop(make_toy, monkeypatch):
+    """JAX takes the number asked last for that of the loop, and would stop nowhere."""
+    asked = []
+    monkeypatch.setattr(
+        multihost_utils, "reached_preemption_sync_point", lambda step: asked.append(step)
+    )
+    toy = make_toy("asks")
+    save(toy, {1, 3})
+    assert steps_in(toy) == [1, 3]
+    assert asked == []
