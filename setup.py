@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "distillspec_jax/__init__.py").read_text())[1]
@@ -65,7 +65,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["distillspec_jax*", "experiments*"]),
+    packages=find_namespace_packages(include=["distillspec_jax*", "experiments*"]),
     package_data={"distillspec_jax": ["**/*.model", "**/*.safetensors", "**/*.json", "**/*.md"]},
     install_requires=INSTALL,
     extras_require=EXTRAS,

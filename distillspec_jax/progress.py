@@ -35,9 +35,11 @@ class Progress:
     def __enter__(self) -> Progress:
         if self._console.is_terminal and not self._silent:
             self._bar = rich.progress.Progress(
-                rich.progress.TextColumn("{task.description}"),
+                rich.progress.TextColumn("{task.description}", markup=False),
                 rich.progress.BarColumn(),
-                rich.progress.TextColumn("{task.completed}/{task.total} {task.fields[text]}"),
+                rich.progress.TextColumn(
+                    "{task.completed}/{task.total} {task.fields[text]}", markup=False
+                ),
                 console=self._console,
             )
             self._bar.start()

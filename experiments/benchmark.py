@@ -13,15 +13,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from distillspec_jax.errors import UserError, unknown_name
 from experiments import door, planning_benchmark
 from experiments.benchmarks import decode, distill, loop, scaling
 from experiments.checks import check_seeds
-from experiments.workdir import SUMMARY, Workdir, write_json_lines
-
-METRICS = "metrics.jsonl"
+from experiments.workdir import METRICS, SUMMARY, Workdir, devices, write_json_lines
 
 # each has a dataclass Config and measure(config, seed) -> (summary, records)
 BENCHMARKS = {"decode": decode, "distill": distill, "loop": loop, "scaling": scaling}
@@ -51,8 +47,7 @@ def main(config: BenchmarkConfig, workdir: Path) -> None:
                 f"--workdir={workdir} has the figures of such a run; remove {SUMMARY} or choose "
                 "another to measure again"
             )
-        devices = jax.devices()
-        print(f"benchmark: {config.benchmark}, {len(devices)} x {devices[0].device_kind}")
+        print(f"benchmark: {config.benchmark}, {devices()}")
         summary, records = BENCHMARKS[config.benchmark].measure(
             getattr(config, config.benchmark), config.seed
         )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from distillspec_jax.data.batch import Batch
@@ -20,6 +21,7 @@ from distillspec_jax.distill.recipes import LIKELIHOOD, Recipe
 from distillspec_jax.distill.step import Metrics, make_rollout, make_update
 from distillspec_jax.errors import UserError
 from distillspec_jax.models.transformer import Params, Transformer
+from distillspec_jax.training.loop import LoopConfig
 from distillspec_jax.training.optimizers import OptimizerConfig, make_optimizer
 from distillspec_jax.training.state import TrainState
 from experiments.models import Loaded
@@ -27,6 +29,7 @@ from experiments.models import Loaded
 # lambda1, lambda2 of algorithm 1; "mixed" is half references, half the draft's own samples
 SOURCES = {"fixed": (1.0, 1.0), "teacher": (0.0, 0.0), "draft": (0.0, 1.0), "mixed": (0.5, 1.0)}
 CONTROL, START = "control", "finetuned"
+MAX_SKIPPED = LoopConfig.max_skipped  # updates in a row, as in a run of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +113,7 @@ class Trainer:
         """Takes the steps of a cell from `params`, whose buffers stay as they are.
 
         `on_step` hears the number of steps that are done. Raises UserError if the last update
-        was not finite.
+        was not finite, or MAX_SKIPPED of them in a row.
         """
         rule = make_optimizer(optimizer, cell.steps)
         state = TrainState.create(params, rule, seed=cell.seed)
@@ -120,17 +123,15 @@ class Trainer:
         pending: Metrics = {}
         for step in range(cell.steps):
             batch, written = self._write(cell, rollout, state, step, batches)
+            skipped_in_row = jnp.copy(state.skipped_in_row)  # the update takes the state's own
             state, metrics = update(state, self._target.params, batch)
             _add(totals, pending)  # of the step before: this one runs meanwhile
+            _stop_if_diverged(cell, step, skipped_in_row, MAX_SKIPPED)
             on_step(step)
             pending = {**metrics, **written}
         _add(totals, pending)
+        _stop_if_diverged(cell, cell.steps, state.skipped_in_row, 1)
         on_step(cell.steps)
-        if int(state.skipped_in_row):
-            raise UserError(
-                f"the gradient of '{cell.key}' was not finite at the end; lower "
-                "config.optimizer.learning_rate"
-            )
         means = {name: float(total / count) for name, (total, count) in totals.items() if count}
         return Trained(state.params, int(state.skipped), means)
 
@@ -163,6 +164,14 @@ class Trainer:
         rule = make_optimizer(optimizer, steps)
         update = make_update(self._draft, self._target.model, recipe, rule)
         return jax.jit(update, donate_argnums=0)
+
+
+def _stop_if_diverged(cell: Cell, step: int, skipped_in_row: jax.Array, limit: int) -> None:
+    if (count := int(skipped_in_row)) >= limit:
+        raise UserError(
+            f"the gradient of '{cell.key}' was not finite in {count} steps in a row, up to step "
+            f"{step} of {cell.steps}; lower config.optimizer.learning_rate"
+        )
 
 
 def _add(totals: dict[str, np.ndarray], metrics: Metrics) -> None:

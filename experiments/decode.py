@@ -39,9 +39,9 @@ from experiments.decoder import (
     coloured,
     read_prompts,
 )
-from experiments.workdir import Workdir, write_json_lines
+from experiments.workdir import METRICS, Workdir, write_json_lines
 
-OUTPUTS, METRICS = "outputs.jsonl", "metrics.jsonl"
+OUTPUTS = "outputs.jsonl"
 
 _PROMPTS = flags.DEFINE_string("prompts", None, "file of prompts; short for config.prompts")
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "a prompt; short for config.prompt")

@@ -33,7 +33,15 @@ from experiments import door, parts, planning
 from experiments.checks import check_least
 from experiments.models import Loaded, check_meeting, load
 from experiments.phases import PhasedStep
-from experiments.watching import ALPHA, LOW_EOS_RATE, MEAN, TAU, DecoderConfig, make_decoding
+from experiments.watching import (
+    ALPHA,
+    MEAN,
+    MEND_ENDS,
+    TAU,
+    DecoderConfig,
+    make_decoding,
+    told_of_ends,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,7 +159,7 @@ def _check_reference(config: DistillConfig, draft: Loaded) -> None:
 def _main(config: DistillConfig, workdir: Path, layout: Layout) -> int | None:
     task, recipe = load_task(config.task), config.recipe.resolve()
     if recipe.lambda1 > 0:
-        parts.check_references(task, config)
+        parts.check_references(task, config.train_split, "or distil on samples")
     prepared = prepare(config, task, layout)
     target, draft = prepared.models["target"], prepared.models["draft"]
     if config.task.teacher_data:
@@ -199,17 +207,11 @@ def _make_evaluate(
         seed=config.seed,
         place=layout.place,
     )
-    return lambda state: watch(state.best_params)
+    return lambda state: watch(state.averaged_params)
 
 
 def _notice(figures: Figures) -> str | None:
-    rate = figures.get("eos_rate", 1.0)
-    if not rate < LOW_EOS_RATE:  # NaN, where nothing was sampled, is not low
-        return None
-    return (
-        f"warning: only {rate:.0%} of the samples ended by themselves; raise config.rollout_length "
-        "or fine-tune the model that writes them"
-    )
+    return told_of_ends(figures.get("eos_rate", 1.0), "the samples", MEND_ENDS) or None
 
 
 if __name__ == "__main__":

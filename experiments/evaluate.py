@@ -12,12 +12,9 @@ with other drafts, texts or numbers of prompts it measures again.
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from distillspec_jax.data import tasks
 from distillspec_jax.data.tasks import TaskConfig
@@ -25,14 +22,14 @@ from distillspec_jax.decoding.block_length import FIXED, BlockLength
 from distillspec_jax.errors import UserError
 from distillspec_jax.evaluation.intervals import worded
 from distillspec_jax.evaluation.quality import has_references
+from distillspec_jax.files import json_object
 from distillspec_jax.models.config import check_dtype
 from experiments import door, measuring, planning_decoding
 from experiments.bench import Bench, open_bench
-from experiments.checks import check_least, check_seeds
+from experiments.checks import check_entries, check_least, check_seeds
 from experiments.draft_sampling import DraftSampling
-from experiments.workdir import SUMMARY, Workdir, write_json_lines
+from experiments.workdir import METRICS, SUMMARY, Workdir, devices, write_json_lines
 
-METRICS = "metrics.jsonl"
 GRID = ("temperatures", "gammas", "lenience", "gamma_grid", "timed_batch_sizes")
 SIZES = ("num_prompts", "timed_prompts")
 FIGURES = ("acceptance_rate", "block_efficiency", "speedup_wall_clock", "quality")
@@ -84,7 +81,7 @@ class EvaluateConfig(DraftSampling):
         if not self.drafts:
             raise UserError("config.drafts is empty, must have at least one entry")
         for field in GRID:
-            _check_list(f"config.{field}", getattr(self, field))
+            check_entries(f"config.{field}", getattr(self, field))
         check_least(self, 1, "num_prompts", "batch_size", "num_tuning_prompts", "timed_repeats")
         check_least(self, 1, "gammas", "gamma_grid", "timed_batch_sizes")
         check_least(self, 0, "timed_prompts")
@@ -106,15 +103,6 @@ class EvaluateConfig(DraftSampling):
     def has_whole_blocks(self) -> bool:
         """Whether texts of the target tell tau, too: token verification of whole blocks."""
         return self.drafts_whole_blocks and self.verification != "block"
-
-
-def _check_list(key: str, values: Sequence[float]) -> None:
-    if not values:
-        raise UserError(f"{key} is empty, must have at least one entry")
-    labels = [f"{value:g}" for value in values]  # as rows and figures are told apart
-    repeated = [label for label in labels if labels.count(label) > 1]
-    if repeated:
-        raise UserError(f"{key} has {repeated[0]} more than once; give each entry once")
 
 
 def main(config: EvaluateConfig, workdir: Path) -> None:
@@ -139,8 +127,8 @@ def main(config: EvaluateConfig, workdir: Path) -> None:
 def _kept(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
     """The summary that is there, if the same drafts in order were measured on the same prompts."""
     try:
-        summary = json.loads((path / SUMMARY).read_text("utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        summary = json_object((path / SUMMARY).read_text("utf-8"))
+    except (FileNotFoundError, ValueError):  # the second: damaged
         return None
     if not about.items() <= summary.items():
         return None
@@ -162,8 +150,7 @@ def _announce(bench: Bench) -> None:
     metric, references = bench.task.metric, bench.prompts.references
     if metric != "none" and not has_references(metric, references):
         print(f"  no quality ({metric}): the split '{config.split}' has no references")
-    devices = jax.devices()
-    print(f"  devices: {len(devices)} x {devices[0].device_kind}", flush=True)
+    print(f"  devices: {devices()}", flush=True)
 
 
 def _list(values: Iterable[float]) -> str:

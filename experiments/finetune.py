@@ -100,7 +100,7 @@ def _check_answers(config: FinetuneConfig, task: Task) -> None:
 
 def _main(config: FinetuneConfig, workdir: Path, layout: Layout) -> int | None:
     task = load_task(config.task)
-    parts.check_references(task, config)
+    parts.check_references(task, config.train_split, "or distil on samples")
     prepared = prepare(config, task, layout)
     loaded = prepared.models["model"]
     batches = parts.train_batches(task, config, layout)
@@ -138,11 +138,11 @@ def _make_evaluate(
         watches.append(make_quality(model, task, prompts, place=layout.place, where=where))
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        figures = watches[0](state.best_params)
+        figures = watches[0](state.averaged_params)
         if state.step == 0:  # later it is the training that broke them
             check_finite(np.isfinite(figures["loss"]), f"model '{config.model}'")
         for watch in watches[1:]:
-            figures |= watch(state.best_params)
+            figures |= watch(state.averaged_params)
         return figures
 
     return evaluate

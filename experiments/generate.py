@@ -26,7 +26,6 @@ from distillspec_jax.data.written import Settings, WrittenTexts, is_written, wri
 from distillspec_jax.decoding.autoregressive import Generation, autoregressive_sample
 from distillspec_jax.decoding.keys import purpose_key
 from distillspec_jax.decoding.sampling import Sampling
-from distillspec_jax.errors import UserError
 from distillspec_jax.evaluation.corpus import over_batches
 from distillspec_jax.models.config import check_dtype
 from distillspec_jax.progress import Progress
@@ -34,10 +33,8 @@ from experiments import door, planning_decoding
 from experiments.bench import Prompts, read_prompts
 from experiments.checks import check_least, check_seeds
 from experiments.models import Loaded, load
-from experiments.watching import LOW_EOS_RATE
-from experiments.workdir import Workdir, write_json_lines
-
-METRICS = "metrics.jsonl"
+from experiments.watching import told_of_ends
+from experiments.workdir import METRICS, Workdir, devices, write_json_lines
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,10 +56,9 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         check_least(self, 1, "samples", "batch_size", "shard_size")
+        check_least(self, 0, "max_new_tokens")
         check_dtype(self.compute_dtype, "config.compute_dtype")
         check_seeds("config.seed", self.seed)
-        if self.max_new_tokens < 0:
-            raise UserError("config.max_new_tokens must not be negative; 0 is the task's length")
 
     @property
     def sampling(self) -> Sampling:
@@ -157,8 +153,7 @@ def _announce(target: Loaded, settings: Settings, waiting: Sequence[int]) -> Non
     print(f"  data: {settings.data['task']}/{settings.data['split']}")
     print("  " + ", ".join(f"{name} {value}" for name, value in settings.sampling.items()))
     print(f"  files: {settings.shards}, {settings.shards - len(waiting)} of them done")
-    devices = jax.devices()
-    print(f"  devices: {len(devices)} x {devices[0].device_kind}", flush=True)
+    print(f"  devices: {devices()}", flush=True)
 
 
 def _records(texts: WrittenTexts, eos_id: int) -> Iterator[dict[str, Any]]:
@@ -191,11 +186,9 @@ def _summary(texts: WrittenTexts, eos_id: int) -> dict[str, Any]:
 def _say(summary: dict[str, Any], path: Path) -> None:
     for key in ("num_texts", "target_length", "eos_rate"):
         print(f"{key}: {summary[key]:,.4g}")
-    if summary["eos_rate"] < LOW_EOS_RATE:
-        print(
-            f"warning: only {summary['eos_rate']:.0%} of the texts ended by themselves; raise "
-            "config.max_new_tokens or fine-tune the target"
-        )
+    mend = "config.max_new_tokens or fine-tune the target"
+    if told := told_of_ends(summary["eos_rate"], "the texts", mend):
+        print(told)
     print(f"files: {path} (texts-*.array_record, summary.json, {METRICS}, config.json)")
 
 

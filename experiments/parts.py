@@ -196,12 +196,12 @@ def check_best_metric(loop: LoopConfig, known: Sequence[str]) -> None:
         raise unknown_name("metric", loop.best_metric, known, "config.loop.best_metric")
 
 
-def check_references(task: Task, config: TrainingConfig) -> None:
+def check_references(task: Task, split: str, instead: str) -> None:
     """Refuses prompts without references where references are learnt from."""
-    if not task.examples(config.train_split)[0].target:
+    if not task.examples(split)[0].target:
         raise UserError(
-            f"the split '{config.train_split}' of task '{task.name}' has no references to learn "
-            "from; name their field (config.task.target_field), or distil on samples"
+            f"the split '{split}' of task '{task.name}' has no references to learn from; name "
+            f"their field (config.task.target_field), {instead}"
         )
 
 

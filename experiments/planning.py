@@ -161,7 +161,7 @@ def validation(
 ) -> list[Pause]:
     """The pauses of fine-tuning: likelihood of references, and answers where they are asked for."""
     batch = _longest_batch(layout.round_up(config.batch_size), task, layout)
-    model, params = prepared.models["model"].model, prepared.state.best_params
+    model, params = prepared.models["model"].model, prepared.state.averaged_params
     chunk = config.loss_chunk or None
     lowered = likelihood_sums.lower(model, params, batch.inputs, batch.targets, chunk)
     found = [Pause("while it is validated", lowered, "config.batch_size")]
@@ -185,7 +185,7 @@ def lower_trial(
     """The real decoder with the longest batch of held-out prompts."""
     prompts = _longest_batch(layout.round_up(decoder.batch_size), task, layout)
     target, draft = prepared.models["target"], prepared.models["draft"]
-    params = target.params, prepared.state.best_params
+    params = target.params, prepared.state.averaged_params
     speculation = trial_speculation(decoder, target, draft, task)
     key = _placed_key(layout)
     return speculating.lower(speculation, *params, prompts.inputs, key, prompts.example_ids)

@@ -352,7 +352,7 @@ def _of_each_shape(drafts: Sequence[Draft]) -> list[Draft]:
     """The first draft of each shape: the others need what it needs."""
     first: dict[ModelConfig, Draft] = {}
     for draft in drafts:
-        first.setdefault(dataclasses.replace(draft.loaded.model.config, name=""), draft)
+        first.setdefault(draft.shape, draft)
     return list(first.values())
 
 

@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from distillspec_jax import zoo
@@ -36,11 +35,11 @@ from distillspec_jax.progress import Progress
 from distillspec_jax.training.optimizers import OptimizerConfig
 from experiments import cell_tables, door, planning_decoding
 from experiments.cells import CONTROL, SOURCES, Cell, Trainer, slug
-from experiments.checks import check_least, check_seeds
+from experiments.checks import check_entries, check_least, check_seeds
 from experiments.models import Loaded, check_meeting, load
-from experiments.parts import check_teacher_is_read
-from experiments.watching import LOW_EOS_RATE, DecoderConfig, make_counts
-from experiments.workdir import Workdir, environment, write_json, write_json_lines
+from experiments.parts import check_references, check_teacher_is_read
+from experiments.watching import MEND_ENDS, DecoderConfig, make_counts, told_of_ends
+from experiments.workdir import METRICS, Workdir, devices, environment, write_json, write_json_lines
 
 DIMENSIONS = ("divergences", "sources", "train_splits", "steps", "seeds")
 
@@ -78,9 +77,7 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         for field in DIMENSIONS:
-            values = getattr(self, field)
-            if not values or len(set(values)) < len(values):
-                raise UserError(f"config.{field} must name at least one, and none twice")
+            check_entries(f"config.{field}", getattr(self, field))
         for source in self.sources:
             if source not in SOURCES:
                 raise unknown_name("source", source, SOURCES, "config.sources")
@@ -115,8 +112,7 @@ class SweepConfig:
 def main(config: SweepConfig, workdir: Path) -> None:
     task = load_task(config.task)
     for split in config.train_splits:
-        if not task.examples(split)[0].target:
-            raise UserError(f"the split '{split}' has no references: the control needs them")
+        check_references(task, split, "for the control needs them")
     check_meeting(config.target, config.draft)
     dtype = config.compute_dtype
     target = load(config.target, task, compute_dtype=dtype, is_frozen=True)
@@ -129,11 +125,11 @@ def main(config: SweepConfig, workdir: Path) -> None:
         measured = sweep.run()
         results = cell_tables.Results(config.decoder, task, measured)
         rows = results.rows()
-        write_json_lines(run.path / "metrics.jsonl", results.records())
+        write_json_lines(run.path / METRICS, results.records())
         write_text(run.path / "table.md", cell_tables.markdown(rows))
         run.write_summary(cell_tables.summary(rows, config.decoder), seed=config.seeds[0])
         print(cell_tables.markdown(rows))
-        print(f"files: {run.path} (summary.json, table.md, metrics.jsonl, cells)")
+        print(f"files: {run.path} (summary.json, table.md, {METRICS}, cells)")
 
 
 class _Sweep:
@@ -276,13 +272,8 @@ class _Sweep:
 
 def _few_ends(means: Mapping[str, float]) -> str:
     """What the line of a cell ends with if most of the texts written for it did not end."""
-    rate = means.get("eos_rate", 1.0)
-    if rate >= LOW_EOS_RATE:
-        return ""
-    return (
-        f"; warning: only {rate:.0%} of its samples ended by themselves; raise "
-        "config.rollout_length or fine-tune the model that writes them"
-    )
+    told = told_of_ends(means.get("eos_rate", 1.0), "its samples", MEND_ENDS)
+    return f"; {told}" if told else ""
 
 
 def _announce(
@@ -302,8 +293,7 @@ def _announce(
         f"  decoding: {prompts} prompts of {config.split}, gamma {decoder.gamma}, "
         f"T = {_list(decoder.temperatures)}"
     )
-    devices = jax.devices()
-    print(f"  devices: {len(devices)} x {devices[0].device_kind}", flush=True)
+    print(f"  devices: {devices()}", flush=True)
 
 
 def _list(values: Sequence[float]) -> str:

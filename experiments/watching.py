@@ -15,19 +15,28 @@ from distillspec_jax.data.tasks import Task
 from distillspec_jax.decoding.autoregressive import autoregressive_sample
 from distillspec_jax.decoding.sampling import Sampling
 from distillspec_jax.decoding.speculative import speculative_sample
-from distillspec_jax.errors import UserError
 from distillspec_jax.evaluation.intervals import ratio
 from distillspec_jax.evaluation.quality import has_references, quality
 from distillspec_jax.models.transformer import Transformer
-from experiments.checks import check_least
+from experiments.checks import check_entries, check_least
 from experiments.models import Loaded
 
 LOW_EOS_RATE = 0.5  # below it most texts are cut by the limit, and little is learnt of the end
+MEND_ENDS = "config.rollout_length or fine-tune the model that writes them"
 TRIAL = 0x7A0  # folded into the seed: no other purpose draws these numbers
 TAU, ALPHA = "block_efficiency", "acceptance_rate"  # of a temperature, as block_efficiency_t0
 MEAN = "block_efficiency_mean"  # over the temperatures: what the best draft is chosen by
 
 Place = Callable[[Batch], Batch]
+
+
+def told_of_ends(rate: float, texts: str, mend: str) -> str:
+    """A warning if most of the texts that were written did not end; else, or if none was, ""."""
+    if not rate < LOW_EOS_RATE:  # NaN, where none was written, is not low
+        return ""
+    return f"warning: only {rate:.0%} of {texts} ended by themselves; raise {mend}"
+
+
 Watch = Callable[[Any], dict[str, Any]]  # params -> figures
 
 
@@ -89,12 +98,8 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         check_least(self, 1, "num_prompts", "batch_size", "gamma", where="decoder")
-        if not self.temperatures or min(self.temperatures) < 0:
-            raise UserError("decoder.temperatures must name at least one, none below 0")
-        labels = [f"{temperature:g}" for temperature in self.temperatures]  # of the figures
-        for label in labels:
-            if labels.count(label) > 1:
-                raise UserError(f"decoder.temperatures has {label} more than once; give each once")
+        check_least(self, 0, "temperatures", where="decoder")
+        check_entries("decoder.temperatures", self.temperatures)
 
 
 def make_counts(

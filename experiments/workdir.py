@@ -22,7 +22,7 @@ from distillspec_jax.hosts import ARRIVALS
 from distillspec_jax.training.metrics import finite
 from experiments import schema
 
-CONFIG, LOCK, SUMMARY = "config.json", ".lock", "summary.json"
+CONFIG, METRICS, SUMMARY, LOCK = "config.json", "metrics.jsonl", "summary.json", ".lock"
 RETIRED = {"distill": ("validation_examples",)}  # keys that older runs have and nothing reads
 _MEND = "choose an empty or a new folder"
 
@@ -166,6 +166,11 @@ def _refuse_less(path: Path, config: Any, at_least: Mapping[str, int]) -> None:
                 f"--workdir={path} has reached {key} {reached}, yours is {getattr(config, key)}; "
                 "choose another workdir, or at least as much"
             )
+
+
+def devices() -> str:
+    """How many devices of which kind a run has, as it says at its start."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 def environment() -> dict[str, Any]:

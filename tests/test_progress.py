@@ -1,5 +1,9 @@
 """Progress without a terminal: plain lines, not too many, with a rate that is right."""
 
+import contextlib
+import os
+import sys
+
 import pytest
 
 from distillspec_jax import progress as module
@@ -53,3 +57,22 @@ def test_said_lines_go_out_at_once(capsys):
     with Progress("train", 3) as progress:
         progress.say("step 0: loss 1")
         assert capsys.readouterr().err == "step 0: loss 1\n"
+
+
+def test_a_terminal_has_a_bar_and_brackets_are_no_markup(monkeypatch):
+    screen, terminal = os.openpty()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with os.fdopen(terminal, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with Progress("train [red]", 4, done=1, unit="token") as progress:
+            progress.update(1)
+            progress.update(3, "loss 1 [abc]")
+            progress.say("step 2: [b]")
+    shown = ""
+    with contextlib.suppress(OSError), os.fdopen(screen, "rb", buffering=0) as screen:
+        while part := screen.read(4096):  # an error where all of a closed terminal is read
+            shown += part.decode()
+    of_a_bar = "\x1b["  # it moves the cursor
+    for part in ("train [red]", "step 2: [b]", "3/4", "tokens/s", "left loss 1 [abc]", of_a_bar):
+        assert part in shown

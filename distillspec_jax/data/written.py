@@ -9,6 +9,7 @@ Pieces and not words: a text encoded anew may be other pieces than those the mod
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -21,7 +22,12 @@ from distillspec_jax.data.examples import EncodedExample, Examples
 from distillspec_jax.errors import UserError
 
 SUFFIX = ".array_record"
+OPEN_FILES = 64  # at once: a process may have 1,024
 _DAMAGE = (ValueError, TypeError, IndexError, RuntimeError)  # what a bad file makes readers raise
+_NO_DAMAGE = {  # what the readers say of a good one, and what mends it
+    "Too many open files": "allow this process more of them (ulimit -n)",
+    "Permission denied": "allow this user to read it",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +107,7 @@ def is_written(folder: Path, settings: Settings, shard: int) -> bool:
 
 
 class WrittenTexts(Examples):
-    """The texts of a folder, by index; every file of it stays open."""
+    """The texts of a folder, by index; of its files those read last stay open."""
 
     def __init__(self, folder: str | Path) -> None:
         """Opens every shard.
@@ -124,7 +130,9 @@ class WrittenTexts(Examples):
                 f"'{folder}' has {done} of {len(shards)} files of texts; start "
                 "experiments.generate again to write the rest"
             )
-        self._readers = [_reader(self.settings.path(self.folder, shard)) for shard in shards]
+        self._reader = functools.lru_cache(OPEN_FILES)(
+            lambda shard: _reader(self.settings.path(self.folder, shard))
+        )
 
     def check(self, name: str, fingerprint: str) -> None:
         """Refuses texts of another `name`, "target" or "vocabulary", than that of a fingerprint."""
@@ -145,7 +153,7 @@ class WrittenTexts(Examples):
         for index in indices:
             shard, row = divmod(index, self.settings.shard_size)
             try:
-                [record] = self._readers[shard].read([1 + row])
+                [record] = self._reader(shard).read([1 + row])
                 found.append(EncodedExample(**json.loads(record)))
             except _DAMAGE as error:
                 raise _damaged(self.settings.path(self.folder, shard), error) from None
@@ -169,6 +177,9 @@ def _read_settings(path: Path) -> Settings:
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
+    for words, mend in _NO_DAMAGE.items():
+        if words in str(error):
+            return UserError(f"{path} cannot be read ({words.lower()}); {mend}")
     return UserError(
         f"{path} is no file of texts, or broken ({str(error)[:200]}); remove it and start "
         "experiments.generate again to write it anew"

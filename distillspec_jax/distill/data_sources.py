@@ -25,7 +25,6 @@ from distillspec_jax.decoding.sampling import Sampling, draw
 from distillspec_jax.decoding.speculative import speculate
 from distillspec_jax.decoding.state import Speculation
 from distillspec_jax.distill.recipes import Recipe
-from distillspec_jax.errors import UserError
 from distillspec_jax.models.transformer import (
     Params,
     Transformer,
@@ -76,10 +75,8 @@ def make_source(
     Traceable. `source` is an index in SOURCES; L is the longer of `rollout_length` and the
     references if both can come, else that of the one that does. Sources of probability 0 are not
     compiled. If `recipe.keeps_target_hidden`, every text has the target's hidden states: a text
-    that it has not written is scored here. Raises UserError for a `rollout_length` below 1.
+    that it has not written is scored here.
     """
-    if rollout_length < 1:
-        raise UserError(f"rollout_length is {rollout_length}; it must be at least 1")
     writers = _writers(draft, target, recipe, rollout_length)
     probabilities = source_probabilities(recipe)
     possible = [name for name in SOURCES if probabilities[name] > 0]

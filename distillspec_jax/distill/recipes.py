@@ -61,12 +61,12 @@ class Recipe:
             raise unknown_name("reduction", self.reduction, REDUCTIONS, where)
         if self.loss == "jsd":
             divergences.check_beta(self.beta)
+        divergences.check_eta(self.eta)
         for field in ("lambda1", "lambda2"):
             self._require(field, 0 <= getattr(self, field) <= 1, "within 0 and 1")
         for field in ("target_temperature", "draft_temperature"):
             self._require(field, getattr(self, field) > 0, "above 0")
-        for field in ("eta", "rollout_temperature"):
-            self._require(field, getattr(self, field) >= 0, "at least 0")
+        self._require("rollout_temperature", self.rollout_temperature >= 0, "at least 0")
         for field in ("interleave_top_k", "teacher_gamma"):
             check_count(f"{field} of {where}", getattr(self, field), least=0, zero="off")
         self._require("keep_fraction", 0 < self.keep_fraction <= 1, "above 0 and at most 1")

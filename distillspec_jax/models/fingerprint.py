@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from distillspec_jax.models.transformer import Params, Transformer
 
@@ -39,11 +38,8 @@ def checksums(tree: Any) -> jax.Array:
 
     def one(leaf: jax.Array) -> jax.Array:
         bits = _as_uint32(leaf)
-        place, stride = jnp.zeros(bits.shape, jnp.uint32), 1
-        for axis in reversed(range(bits.ndim)):  # no reshape: it would gather what is sharded
-            place += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride)
-            stride = stride * bits.shape[axis] % 2**32
-        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)  # odd factors lose no bit
+        # odd factors lose no bit
+        return jnp.sum(bits * (2 * _places(bits.shape) + 1), dtype=jnp.uint32)
 
     return jnp.stack([one(leaf) for leaf in jax.tree.leaves(tree)])
 
@@ -59,14 +55,19 @@ def _as_uint32(leaf: jax.Array) -> jax.Array:
 @jax.jit
 def _pair(leaf: jax.Array) -> jax.Array:
     """sum_i mix(i) bits_i and sum_i mix(i ^ mix(bits_i)), [2] uint32: other bits, other sums."""
-    width = leaf.dtype.itemsize * 8
-    bits = jax.lax.bitcast_convert_type(leaf, f"uint{width}").astype(jnp.uint32)
-    strides = np.array([np.prod(leaf.shape[axis + 1 :]) for axis in range(leaf.ndim)])
-    place = jnp.zeros(leaf.shape, jnp.uint32)
-    for axis, stride in enumerate(strides.astype(np.uint64) % 2**32):
-        place += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride)
+    bits = _as_uint32(leaf)
+    place = _places(bits.shape)
     sums = jnp.sum(_mix(place) * bits), jnp.sum(_mix(place ^ _mix(bits)))
     return jnp.stack([each.astype(jnp.uint32) for each in sums])
+
+
+def _places(shape: tuple[int, ...]) -> jax.Array:
+    """The number of every element, modulo 2^32; no reshape: it would gather what is sharded."""
+    place, stride = jnp.zeros(shape, jnp.uint32), 1
+    for axis in reversed(range(len(shape))):
+        place += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
+        stride = stride * shape[axis] % 2**32
+    return place
 
 
 def _mix(x: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import struct
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from distillspec_jax.models import cpu_product
 from distillspec_jax.models.config import ModelConfig
@@ -47,11 +47,11 @@ def by_rows(x: jax.Array) -> jax.Array:
     keeps whole rows on every device of that axis, where the weight should be gathered. A batch
     that does not divide stays whole (the one row that initialises a model).
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or x.shape[0] % math.prod(mesh.shape[axis] for axis in ROW_AXES):
+    axes = _row_axes()
+    if not axes or x.shape[0] % math.prod(axes.values()):
         return x
     rest = (None,) * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROW_AXES, *rest))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(tuple(axes), *rest))
 
 
 def whole_rows(table: jax.Array) -> jax.Array:
@@ -59,9 +59,17 @@ def whole_rows(table: jax.Array) -> jax.Array:
 
     Looking rows up in a table that is split along D would leave x split along D.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    if not _row_axes():
         return table
     return jax.lax.with_sharding_constraint(table, PartitionSpec(PartitionSpec.UNCONSTRAINED, None))
+
+
+def _row_axes() -> dict[str, int]:
+    """Size of each axis that splits rows, if a mesh of ours is set, whose layout XLA chooses."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return {}
+    return {axis: mesh.shape[axis] for axis in ROW_AXES if axis in mesh.shape}
 
 
 class Weight(nn.LogicallyPartitioned):

@@ -66,8 +66,8 @@ def _shown(name: str) -> str:
     return f" {escaped}" if name.startswith("_") else escaped
 
 
-def _panels(temperatures: Sequence[float], width: float = 3.6) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width * len(temperatures), 2.9), layout="constrained")
+def _panels(temperatures: Sequence[float]) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(3.6 * len(temperatures), 2.9), layout="constrained")
     axes = figure.subplots(1, len(temperatures), sharey=True, squeeze=False)[0]
     for panel, temperature in zip(axes, temperatures, strict=True):
         panel.set_title(_mode(temperature))

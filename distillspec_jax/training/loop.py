@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distillspec_jax import hosts
-from distillspec_jax.errors import UserError, unknown_name
+from distillspec_jax.errors import UserError, check_count, unknown_name
 from distillspec_jax.progress import Progress
 from distillspec_jax.training.checkpoints import Checkpoints
 from distillspec_jax.training.metrics import Writer
@@ -62,8 +62,8 @@ class LoopConfig:
             value = getattr(self, field.name)
             if isinstance(value, int) and value < 0:
                 raise UserError(f"{field.name} is {value}, must not be negative")
-        if self.keep_last < 1 or self.max_skipped < 1:
-            raise UserError("keep_last and max_skipped must be at least 1")
+        for name in ("keep_last", "max_skipped"):
+            check_count(name, getattr(self, name))
 
 
 @dataclasses.dataclass
@@ -284,10 +284,10 @@ class _Loop:
         """Writes the record of the steps since the last one, at the end of a run.
 
         They stay in memory: should the run get more steps, the next record is as if it had not
-        ended here.
+        ended here. A start that finds the run at its end may say them again: the writer has them.
         """
         self._flush()
-        if self._config.log_every and self.memory.window and self._has_compiled:
+        if self._config.log_every and self.memory.window:
             self._log(step, int(state.skipped))
 
     def _log(self, step: int, skipped: int) -> None:

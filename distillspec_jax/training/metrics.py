@@ -50,8 +50,9 @@ class MetricsWriter(Writer):
 
     One JSON object a line: `step`, `kind` ("train" or "eval"), `wall_time` (seconds since 1970)
     and the values, numbers or intervals [low, high]; intervals are not in the event files. A
-    number that is not finite becomes null: JSON has no NaN. `metrics.jsonl` is the record: what
-    stops the event files, a full disk say, is told once, and the run goes on without them.
+    number that is not finite becomes null: JSON has no NaN. A "train" record of a step that has
+    one is not written again. `metrics.jsonl` is the record: what stops the event files, a full
+    disk say, is told once, and the run goes on without them.
     """
 
     def __init__(
@@ -63,11 +64,16 @@ class MetricsWriter(Writer):
         is made again where the checkpoint was saved before it.
         """
         path = workdir / JSONL
-        drop_records_after(path, resumed_step, evaluated_step)
+        kept = drop_records_after(path, resumed_step, evaluated_step)
+        self._trained = max((each["step"] for each in kept if each["kind"] == "train"), default=-1)
         self._file = _at_end(path)
         self._events = _Events(workdir / EVENTS, resumed_step + 1)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        if kind == "train":
+            if step <= self._trained:
+                return
+            self._trained = step
         record: dict[str, Any] = {"step": step, "kind": kind, "wall_time": time.time()}
         record |= finite(dict(values))
         with naming(Path(self._file.name)):
@@ -155,17 +161,20 @@ class _Events:
             self._file = None
 
 
-def drop_records_after(path: Path, step: int, evaluated_step: int | None = None) -> None:
+def drop_records_after(
+    path: Path, step: int, evaluated_step: int | None = None
+) -> list[dict[str, Any]]:
     """Rewrites `path` without the records after `step`, and without a last line cut short.
 
-    Evaluations are kept until `evaluated_step`, if it is given.
+    Evaluations are kept until `evaluated_step`, if it is given. Returns what is kept.
     """
     if not path.exists():
-        return
+        return []
     evaluated_step = step if evaluated_step is None else evaluated_step
     lines = path.read_text("utf-8", errors="replace").splitlines()
     kept = [line for line in lines if _is_record_until(line, step, evaluated_step)]
     write_text(path, "".join(line + "\n" for line in kept))
+    return [json.loads(line) for line in kept]
 
 
 def _is_record_until(line: str, step: int, evaluated_step: int) -> bool:

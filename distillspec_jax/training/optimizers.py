@@ -117,7 +117,6 @@ def decayed(params: Any) -> Any:
     """Marks the leaves that weight decay applies to: matrices, but no norms and no biases."""
 
     def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
-        name = jax.tree_util.keystr(path)
-        return leaf.ndim >= 2 and not any(part in name for part in ("bias", "norm", "scale"))
+        return leaf.ndim >= 2 and "bias" not in jax.tree_util.keystr(path)
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)

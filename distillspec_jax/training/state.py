@@ -63,7 +63,7 @@ class TrainState(struct.PyTreeNode):
         )
 
     @property
-    def best_params(self) -> Params:
+    def averaged_params(self) -> Params:
         """The weights to evaluate and to hand out: the average where there is one."""
         return self.params if self.average is None else self.average
 

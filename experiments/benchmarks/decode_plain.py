@@ -107,13 +107,9 @@ def decoder_bytes(model: Transformer, params: Params) -> int:
     makes the logits.
     """
     head = params["embedding" if model.config.tie_embeddings else "head"]
-    return layer_bytes(params) + head.nbytes
-
-
-def layer_bytes(params: Params) -> int:
-    """The same without that matrix: a step for the cache alone makes no logits."""
     leaves = jax.tree_util.tree_leaves_with_path(params["decoder"])
-    return sum(x.nbytes for path, x in leaves if "key_value" not in jax.tree_util.keystr(path))
+    layers = (x for path, x in leaves if "key_value" not in jax.tree_util.keystr(path))
+    return head.nbytes + sum(x.nbytes for x in layers)
 
 
 def ratio(key: str, above: np.ndarray | float, below: np.ndarray | float) -> Row:
@@ -238,15 +234,14 @@ class _Run:
     ) -> Row:
         """What a block has to read, over what could be read in its time.
 
-        The target's weights once, the draft's for every token, and those of its layers for the last
-        one's place in its cache.
+        The target's weights once, the draft's for every token it writes.
         """
         statistics = self._speculative(inputs, new_tokens).statistics
         blocks = int(np.max(statistics.target_calls))  # a row that is done waits for the others
         seconds = {name: timing.seconds for name, timing in timings.items()}
         source = seconds["encode"] + seconds["encode_draft"]
         block = (seconds["speculative"] - source) / blocks
-        read = decoder_bytes(self._model, self._params) + layer_bytes(self._draft[1])
+        read = decoder_bytes(self._model, self._params)
         read += self._config.fresh_gamma * decoder_bytes(*self._draft)
         bandwidth = self._memory.bandwidth(seconds)
         return {

@@ -1,6 +1,9 @@
 """A prepared data set whose file is damaged stops the run in words; it never yields other texts."""
 
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 
@@ -90,3 +93,35 @@ def test_written_texts_cut_short_are_told(texts):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(UserError, match=rf"{file.name} {BROKEN}"):
         is_written(folder, settings, 1)
+
+
+FEW_FILES = """
+import resource, sys
+from pathlib import Path
+from distillspec_jax.data import written
+from distillspec_jax.data.examples import EncodedExample
+
+folder, shards, limit = Path(sys.argv[1]), 150, 100
+settings = written.Settings("ab" * 32, "t", "cd" * 32, {}, {}, 0, shards, shards, 1)
+for shard in range(shards):
+    written.write_shard(folder, settings, shard, [EncodedExample([5], [shard, 1])])
+resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+texts = written.WrittenTexts(folder)
+read = [text.target[0] for text in texts.take(range(shards))]
+assert read == list(range(shards)), read
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+texts.take([0])
+"""
+
+
+def test_more_files_of_texts_than_a_process_may_open(tmp_path):
+    """And no file is called broken that the system does not open."""
+    done = subprocess.run(
+        [sys.executable, "-c", FEW_FILES, tmp_path], capture_output=True, text=True, timeout=300
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.search(
+        r"UserError: .*/texts-00000-of-00150\.array_record cannot be read \(too many open files\); "
+        r"allow this process more of them \(ulimit -n\)$",
+        last,
+    ), done.stderr

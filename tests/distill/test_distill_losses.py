@@ -1,6 +1,7 @@
 """Reductions, masks and the chunked vocabulary loss."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -194,6 +195,18 @@ def test_most_learnable_keeps_the_largest_gains_of_the_batch(fraction):
     assert kept.sum() == count
     assert np.all(kept[mask == 0] == 0)
     np.testing.assert_array_equal(np.sort(gains[kept > 0])[::-1], real[:count])
+
+
+@pytest.mark.parametrize("fraction", [0.15, 0.3, 0.4, 0.6, 0.7, 0.95, 1.0])
+def test_most_learnable_counts_as_on_paper(fraction):
+    """In float32 0.3 times 50 is more than 15."""
+    keep = jax.jit(losses.most_learnable, static_argnums=2)
+    gains = np.arange(400, dtype=np.float32)[None]
+    for count in range(20, 401, 20):
+        mask = (np.arange(400) < count).astype(np.float32)[None]
+        assert keep(gains, mask, fraction).sum() == round(fraction * count)
+    mask = (np.arange(400) < 7).astype(np.float32)[None]
+    assert keep(gains, mask, fraction).sum() == math.ceil(fraction * 7)
 
 
 def test_most_learnable_keeps_all_ties_and_survives_an_empty_batch():

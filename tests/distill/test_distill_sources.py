@@ -11,7 +11,6 @@ import pytest
 from distillspec_jax.decoding.autoregressive import generate
 from distillspec_jax.decoding.sampling import Sampling
 from distillspec_jax.distill import data_sources, recipes
-from distillspec_jax.errors import UserError
 from distillspec_jax.models.transformer import Transformer, hidden_states, score
 
 LENGTH = 5  # of rollouts; the references have 7 columns
@@ -23,11 +22,6 @@ compiled = jax.jit(generate, static_argnums=0, static_argnames=("sampling", "max
 def make_write(pair, recipe):
     write = data_sources.make_source(pair.draft, pair.target, recipe, rollout_length=LENGTH)
     return jax.jit(write)
-
-
-def test_samples_of_no_length_are_refused(pair):
-    with pytest.raises(UserError, match="rollout_length is 0; it must be at least 1"):
-        data_sources.make_source(pair.draft, pair.target, recipes.named("gkd"), rollout_length=0)
 
 
 def sample(model, params, batch, step, temperature=1.0) -> np.ndarray:

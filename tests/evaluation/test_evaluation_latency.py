@@ -153,11 +153,14 @@ def test_clock_pairs_prompts():
     measured = Clock(
         seconds={"plain": seconds, "fast": seconds / 2},
         tokens={"plain": seconds * 10, "fast": seconds * 10},
-        spread={"plain": 0.0, "fast": 0.0},
-        compile_seconds={"plain": 0.0, "fast": 0.0},
+        spread={"plain": 0.5, "fast": 0.25, "faster": 0.75},
+        compile_seconds={"plain": 3.0, "fast": 1.0, "faster": 2.0},
+        batch_size=4,
     )
     speedup = measured.speedup(["fast"], over=["plain"])
     assert (speedup.value, speedup.low, speedup.high) == pytest.approx((2, 2, 2))
+    keys = measured.keys(["fast"], "plain")  # the worst of those compared, and of no other
+    assert (keys["timing_spread"], keys["compile_seconds"], keys["timed_prompts"]) == (0.5, 1.0, 12)
 
 
 def tiny(name):

@@ -101,6 +101,17 @@ def test_bleu_is_the_corpus_score_of_sacrebleu():
     assert quality("bleu", references, references).low == pytest.approx(100)
 
 
+def test_bleu_splits_the_signs_of_all_languages():
+    """What `13a` would leave at its word: quotes of other languages, and symbols of money."""
+    predictions, references = ["Er sagte „ja“ zu 5€ am Tag"], ["Er sagte „nein“ zu 5€ am Tag"]
+    scores = {
+        name: sacrebleu.corpus_bleu(predictions, [references], tokenize=name).score
+        for name in ("intl", "13a")
+    }
+    assert scores["intl"] > scores["13a"] + 5
+    assert quality("bleu", predictions, references).value == pytest.approx(scores["intl"])
+
+
 def test_quality_by_the_name_of_a_task():
     assert quality("none", ["a"], ["b"]) is None
     assert quality("exact_match_number", ["#### 1"], ["#### 1"]).value == 100

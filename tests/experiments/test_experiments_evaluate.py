@@ -226,16 +226,24 @@ def test_started_again_it_keeps_what_it_has(config, workdir, monkeypatch, capsys
     assert "distilled, T = 0, gamma 3: acceptance_rate" in out
 
 
-@pytest.mark.parametrize("changed", [{}, {"num_prompts": 3}, {"timed_prompts": 1}, "order"])
+@pytest.mark.parametrize(
+    "changed", [{}, {"num_prompts": 3}, {"timed_prompts": 1}, "order", b"[]", b"\xff", b"{" * 10**5]
+)
 def test_other_weights_or_sizes_are_measured_again(config, workdir, monkeypatch, tmp_path, changed):
-    """The path of a draft may be the same while its run went on; the last one is the headline."""
-    if changed == "order":
+    """The path of a draft may be the same while its run went on; the last one is the headline.
+
+    A summary that is damaged tells nothing.
+    """
+    damaged = changed if isinstance(changed, bytes) else b""
+    if damaged:
+        changed = {}
+    elif changed == "order":
         changed = {"drafts": config.drafts[::-1]}
     (tmp_path / "config.json").write_bytes((workdir / "config.json").read_bytes())
     summary = json.loads((workdir / "summary.json").read_text())
     if not changed:
         summary["weights"]["distilled, seed 1"] = "0" * 64
-    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "summary.json").write_bytes(damaged or json.dumps(summary).encode())
     config = dataclasses.replace(config, **changed)
 
     class MeasuredError(Exception):

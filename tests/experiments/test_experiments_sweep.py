@@ -19,7 +19,7 @@ from distillspec_jax.training.optimizers import OptimizerConfig, make_optimizer
 from distillspec_jax.training.state import TrainState
 from experiments import cells, sweep
 from experiments.cell_tables import Results, markdown, summary
-from experiments.cells import Cell, Trained, Trainer
+from experiments.cells import MAX_SKIPPED, Cell, Trained, Trainer
 from experiments.models import Loaded
 from experiments.sweep import FinetuneStage, SweepConfig
 from experiments.watching import DecoderConfig
@@ -266,7 +266,9 @@ def test_rows_pool_seeds_and_gains_are_paired(task):
         ({"sources": ("on_policy",)}, "unknown source 'on_policy' in config.sources; known: "),
         ({"divergences": ("jds",)}, "unknown loss 'jds'.* did you mean 'jsd'"),
         ({"beta": 1.0}, "beta"),
-        ({"seeds": (1, 1)}, "config.seeds must name at least one, and none twice"),
+        ({"seeds": (1, 1)}, "config.seeds has 1 more than once; give each"),
+        ({"sources": ("fixed", "fixed")}, "config.sources has fixed more than once; give each"),
+        ({"divergences": ()}, "config.divergences is empty, must have at least one"),
         ({"seeds": (0, -1)}, "config.seeds is -1, must be within 0"),
         ({"finetune": FinetuneStage(seed=2**32)}, "config.finetune.seed is 4294967296"),
         ({"steps": (0,)}, "config.steps is 0, must be at least 1"),
@@ -351,3 +353,32 @@ def test_steps_that_were_skipped_are_in_no_mean(trainer, pair, monkeypatch, tmp_
     kept = [steps[0], steps[2]]
     expected = sum(float(total) for total, _ in kept) / sum(float(count) for _, count in kept)
     assert trained.means["loss"] == pytest.approx(expected)
+
+
+def test_a_cell_whose_gradients_are_not_finite_stops_early(trainer, pair, monkeypatch):
+    real, taken = trainer._update, []
+
+    def broken(*settings):
+        update = real(*settings)
+
+        def call(state, target_params, batch):
+            taken.append(state.step)
+            before = jnp.copy(state.skipped_in_row)
+            state, metrics = update(state, target_params, batch)
+            return state.replace(skipped_in_row=before + 1), metrics
+
+        return call
+
+    monkeypatch.setattr(trainer, "_update", broken)
+    words = f"'train-50-tvd-fixed-0' was not finite in {MAX_SKIPPED} steps in a row, up to step 5"
+    with pytest.raises(UserError, match=words):
+        trainer.train(Cell("train", 50, "tvd", "fixed"), pair[1].params, OPTIMIZER, lambda _: None)
+    assert len(taken) == MAX_SKIPPED + 1, "it is told while the next one runs"
+    with pytest.raises(UserError, match="not finite in 2 steps in a row, up to step 2 of 2"):
+        trainer.train(Cell("train", 2, "tvd", "fixed"), pair[1].params, OPTIMIZER, lambda _: None)
+
+
+def test_a_control_needs_references(run):
+    code, _, err = run("--config.task.target_field=")
+    assert code == 2
+    assert "the split 'train' of task 'jsonl' has no references to learn from" in err

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -365,17 +366,19 @@ def test_what_the_decoder_finds_does_not_depend_on_batches(models, stories):
     vocabulary = load_vocabulary("arithmetic_stories")
     examples = JsonlExamples(stories / "validation.jsonl")[:5]
 
-    def figures(batch_size, params=draft.params, model=draft.model):
+    def watched(batch_size, model=draft.model):
         batches = pipeline.eval_batches(
             examples, vocabulary, batch_size=batch_size, input_length=41, target_length=57
         )
         config = DecoderConfig(gamma=3, temperatures=(1.0,), batch_size=batch_size)
-        watch = make_decoding(target, model, list(batches), config, max_new_tokens=7, seed=3)
-        return watch(params)
+        return make_decoding(target, model, list(batches), config, max_new_tokens=7, seed=3)
 
-    assert figures(3) == figures(5)
-    assert figures(5) == figures(5)
-    alike = figures(5, target.params, target.model)
+    watch = watched(5)
+    first = watch(draft.params)
+    assert watched(3)(draft.params) == first
+    assert watch(jax.tree.map(jnp.negative, draft.params)) != first
+    assert watch(draft.params) == first, "the same random numbers in every call"
+    alike = watched(5, target.model)(target.params)
     assert alike["acceptance_rate_t1"] == 1.0
     assert alike["block_efficiency_t1"] == alike["block_efficiency_mean"] > 3
 

@@ -18,6 +18,7 @@ MODEL = Transformer(ModelConfig("one", 11, 7, 2, 3, 13, 1, num_decoder_layers=1)
 def params(**changes):
     rng = np.random.default_rng(2)
     tree = {"a": rng.normal(size=(8, 3)), "b": rng.normal(size=5), "c": np.zeros((2, 2))}
+    tree["d"] = np.ones((2, 2))
     return {name: np.float32(value) for name, value in (tree | changes).items()}
 
 
@@ -35,6 +36,7 @@ def test_every_bit_and_every_place_counts():
         {"b": -b},
         {"c": np.full((2, 2), -0.0)},
         {"c": np.zeros(4)},
+        {"c": params()["d"], "d": params()["c"]},
     ]
     found = {fingerprint(MODEL, params(**other)) for other in others}
     assert len(found | {same}) == len(others) + 1
@@ -51,6 +53,7 @@ def test_shape_counts_and_neither_name_nor_dtype_of_compute_does():
 def test_where_the_weights_lie_does_not_count():
     mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
     places = {"a": PartitionSpec("x"), "b": PartitionSpec(), "c": PartitionSpec(None, "x")}
+    places["d"] = PartitionSpec()
     spread = {
         name: jax.device_put(value, NamedSharding(mesh, places[name]))
         for name, value in params().items()

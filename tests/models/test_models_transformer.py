@@ -216,6 +216,30 @@ def test_dropout_needs_its_key_and_changes_the_scores():
     np.testing.assert_array_equal(dropped, again)
 
 
+@pytest.mark.parametrize("encoder_layers", [2, 0], ids=["encoder-decoder", "decoder-only"])
+def test_dropout_falls_on_both_ends_of_a_stack_on_each_branch_and_inside_the_mlp(
+    encoder_layers, equations
+):
+    config = dataclasses.replace(
+        BASE, dropout_rate=0.1, num_encoder_layers=encoder_layers, num_decoder_layers=3
+    )
+    model = Transformer(config)
+    params = transformer.init_params(model, jax.random.key(3))
+    tokens = jnp.full((1, 3), 5)
+
+    def score(rng):
+        return transformer.score(model, params, tokens, tokens, dropout_rng=rng)
+
+    traced = equations(jax.make_jaxpr(score)(jax.random.key(1)))
+    drawn = [each.outvars[0].aval.shape for each in traced if "bits" in each.primitive.name]
+    ends, branches = 2, 2 + bool(encoder_layers)  # of the decoder
+    expected = ends + 3 * (branches + 1)
+    if encoder_layers:
+        expected += ends + 2 * (2 + 1)
+    assert len(drawn) == expected
+    assert sum(shape[-1] == config.d_ff for shape in drawn) == encoder_layers + 3
+
+
 def naive_bucket(distance: int, num_buckets: int, max_distance: int, bidirectional: bool) -> int:
     offset = 0
     if bidirectional:

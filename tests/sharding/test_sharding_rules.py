@@ -4,8 +4,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from distillspec_jax.errors import UserError
 from distillspec_jax.models import layers, transformer
@@ -146,3 +147,18 @@ def test_a_product_leaves_heads_and_features_where_the_kernel_has_them(outputs):
     place = lowered.compile().output_shardings
     rows_of_a_device, _, count, features, *_ = place.shard_shape((8, 16, *outputs))
     assert (rows_of_a_device, count, features) == (2, outputs[0], outputs[1] // 2)
+
+
+@pytest.mark.parametrize(
+    "names", [("x",), ("data",), ("data", "model"), ("data", "fsdp", "tensor")]
+)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_mesh_of_the_callers_own_is_let_be(names, kind):
+    """Rows are split over the axes that it has, and over none whose layout the caller chooses."""
+    model = Transformer(TINY)
+    params = transformer.init_params(model, jax.random.key(0))
+    tokens = jnp.arange(2, 26).reshape(4, 6)
+    score = jax.jit(lambda params: transformer.score(model, params, tokens, tokens))
+    expected = score(params)
+    with jax.set_mesh(jax.make_mesh((2,) * len(names), names, axis_types=(kind,) * len(names))):
+        np.testing.assert_allclose(score(params), expected, atol=1e-4)

@@ -62,7 +62,7 @@ class Toy:
         return self._step(state, batch, step in self.bad_steps)
 
     def evaluate(self, state):
-        return {"size": float(jnp.sum(state.best_params["w"] ** 2)), "at": float(state.step)}
+        return {"size": float(jnp.sum(state.averaged_params["w"] ** 2)), "at": float(state.step)}
 
     def checkpoints(self, **fields):
         return Checkpoints(self.workdir, DESCRIPTION | fields)

@@ -165,6 +165,22 @@ def test_a_stop_comes_before_an_evaluation_which_the_next_start_makes(make_toy):
     assert chosen_step(parts.workdir) == chosen_step(whole.workdir)
 
 
+def test_a_run_that_ends_by_the_evaluation_of_its_next_start_has_its_last_record(make_toy):
+    """It takes no step there; started a third time it says nothing twice."""
+    whole, parts = make_toy("whole"), make_toy("parts")
+    settings = {"best_metric": "at", "best_mode": "min", "patience": 1, "log_every": 3}
+    expected = whole.run(**settings)
+    assert (expected.ended, expected.state.step) == ("early", 5)
+    parts.hook = stop_at(4)
+    assert parts.run(**settings).ended == "signal"
+    parts.hook = lambda step: None
+    for _ in range(3):
+        assert_same_run(parts.run(**settings), expected)
+        for kind in ("train", "eval"):
+            assert records(parts, kind) == records(whole, kind)
+    assert [r["step"] for r in records(parts, "train")] == [3, 5]
+
+
 def test_a_stop_in_the_last_step_comes_too_late(make_toy):
     whole, told = make_toy("whole"), make_toy("told")
     expected = whole.run(steps=7)

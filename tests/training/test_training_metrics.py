@@ -43,7 +43,7 @@ def test_a_full_disk_is_told_by_file(tmp_path):
     writer = MetricsWriter.__new__(MetricsWriter)  # /dev/full never ends: there is nothing to drop
     writer._file = (tmp_path / "metrics.jsonl").open("w")
     with pytest.raises(OSError, match="No space left") as error:
-        writer.write("train", 3, {"loss": 0.5})
+        writer.write("eval", 3, {"loss": 0.5})
     assert error.value.filename == str(tmp_path / "metrics.jsonl")
     with pytest.raises(OSError, match="No space left"):
         writer._file.close()

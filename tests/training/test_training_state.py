@@ -88,13 +88,13 @@ def test_average_is_the_recursion_with_a_short_memory_at_first():
         decay = min(0.5, (step + 1) / (step + 10))
         average = decay * average + (1 - decay) * np.asarray(state.params["w"], np.float64)
     np.testing.assert_allclose(state.average["w"], average, rtol=1e-6)
-    assert state.best_params is state.average
+    assert state.averaged_params is state.average
 
 
 def test_without_average_the_trained_weights_are_the_best():
     state = TrainState.create(params(), adamw())
     assert state.average is None
-    assert state.best_params is state.params
+    assert state.averaged_params is state.params
 
 
 def test_donating_the_state_leaves_the_given_params_alone():
