@@ -21,6 +21,7 @@ from distillspec_jax.files import write_text
 FOLDER = "checkpoints"
 FORMAT = 1
 SEAL = "seal"  # in the description: digest of all else in it
+SUMS = "sums"  # in the description: `models.fingerprint.checksums` of the weights
 
 
 def newest_step(workdir: Path) -> int:

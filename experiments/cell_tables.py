@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from distillspec_jax.data.tasks import Task
-from distillspec_jax.evaluation.intervals import ratio, ratio_of_ratios, worded
+from distillspec_jax.evaluation.acceptance import acceptance_rate, block_efficiency
+from distillspec_jax.evaluation.intervals import ratio_of_ratios, worded
 from experiments.cells import CONTROL, SOURCES, START, Cell
 from experiments.watching import DecoderConfig
 
@@ -35,12 +36,19 @@ class Results:
                     "name": cell.name,
                     **dataclasses.asdict(cell),
                     "temperature": temperature,
-                    **ratio(emitted, calls).keys("block_efficiency"),
-                    **ratio(accepted, tested).keys("acceptance_rate"),
+                    **self._figures(emitted, calls, accepted, tested),
                     "train_seconds": found["train_seconds"],
                     "skipped_updates": found.get("skipped_updates", 0),
                     **{f"train_{name}": mean for name, mean in found.get("means", {}).items()},
                 }
+
+    def _figures(
+        self, emitted: np.ndarray, calls: np.ndarray, accepted: np.ndarray, tested: np.ndarray
+    ) -> Row:
+        return {
+            **block_efficiency(emitted, calls, self.decoder.gamma).keys("block_efficiency"),
+            **acceptance_rate(accepted, tested).keys("acceptance_rate"),
+        }
 
     def rows(self) -> list[Row]:
         """One row per cell and temperature, its seeds pooled, with gains over start and control.
@@ -67,8 +75,7 @@ class Results:
             "temperature": temperature,
             "seeds": len(emitted),
             "num_prompts": emitted.shape[1],
-            **ratio(emitted, calls).keys("block_efficiency"),
-            **ratio(accepted, tested).keys("acceptance_rate"),
+            **self._figures(emitted, calls, accepted, tested),
         }
         for name, base in ((START, Cell(cell.split, 0)), (CONTROL, Cell(cell.split, cell.steps))):
             if cell.name in (START, name):

@@ -26,7 +26,8 @@ from rich.text import Text
 
 from distillspec_jax.data.examples import Examples
 from distillspec_jax.errors import UserError
-from distillspec_jax.evaluation.intervals import ratio, worded
+from distillspec_jax.evaluation.acceptance import acceptance_rate, block_efficiency
+from distillspec_jax.evaluation.intervals import worded
 from distillspec_jax.progress import Progress
 from experiments import door, planning_decoding
 from experiments.decoder import (
@@ -174,8 +175,10 @@ def _summary(
         **config.draft_options,
         "lossless": all(answer.lossless for answer in answers),
         **_of_lenience(config),
-        **ratio(counts["emitted"], counts["calls"]).keys("block_efficiency"),
-        **ratio(counts["accepted"], counts["tested"]).keys("acceptance_rate"),
+        **block_efficiency(counts["emitted"], counts["calls"], config.gamma).keys(
+            "block_efficiency"
+        ),
+        **acceptance_rate(counts["accepted"], counts["tested"]).keys("acceptance_rate"),
         "tokens_per_second_speculative": rate,
     }
 

@@ -162,6 +162,8 @@ def _open() -> None:
     _enable_compilation_cache()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that has no letter for a text
         sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # what is no UTF-8 is told where it is read
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs each save, and errors it raises
 
 

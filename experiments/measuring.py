@@ -15,8 +15,13 @@ from distillspec_jax.decoding.autoregressive import Generation
 from distillspec_jax.decoding.block_length import tune
 from distillspec_jax.decoding.state import SpeculativeOutput
 from distillspec_jax.evaluation import latency
-from distillspec_jax.evaluation.acceptance import Counts, TeacherForced, blocks_along_texts
-from distillspec_jax.evaluation.intervals import Estimate, ratio
+from distillspec_jax.evaluation.acceptance import (
+    Counts,
+    TeacherForced,
+    block_efficiency,
+    blocks_along_texts,
+)
+from distillspec_jax.evaluation.intervals import Estimate
 from distillspec_jax.evaluation.quality import pooled_quality
 from distillspec_jax.models.config import ModelConfig
 from distillspec_jax.progress import Progress
@@ -183,7 +188,7 @@ def _curves(
 def _prediction(seeds: Sequence[TeacherForced], gamma: int, costs: latency.StepCosts) -> Row:
     blocks = [blocks_along_texts(along.accept, along.lengths, gamma) for along in seeds]
     tokens, calls = (np.stack(column) for column in zip(*blocks, strict=True))
-    tau = ratio(tokens, calls)
+    tau = block_efficiency(tokens, calls, gamma)
     return {"gamma": gamma, **tau.keys("block_efficiency_path"), **_speeds(tau.value, gamma, costs)}
 
 
@@ -296,7 +301,7 @@ def _rows(
     config, gamma, is_lossless = bench.config, setting.gamma, setting.lenience == 1
     counts = Counts.stack([cell.counts for cell in cells.values()])
     tau = counts.block_efficiency.value
-    figures = counts.keys(gamma)
+    figures = counts.keys()
     if not (is_lossless and config.has_whole_blocks):
         figures = {k: v for k, v in figures.items() if not k.startswith(OF_TARGET_TEXTS)}
     if config.drafts_whole_blocks:

@@ -51,6 +51,10 @@ def complete(config: ConfigDict, config_class: type, base: Any = None) -> None:
                 complete(config[field.name], inner, default if is_instance(default) else None)
         elif field.name not in config and default not in (dataclasses.MISSING, None):
             config[field.name] = default
+        elif isinstance(given := config.get(field.name), list):  # no flag could override it
+            with config.unlocked():
+                del config[field.name]  # which would make it a list again
+                config[field.name] = tuple(given)
 
 
 def to_dataclass(cls: type[C], values: Mapping[str, Any], where: str, base: Any = None) -> C:

@@ -15,7 +15,7 @@ from distillspec_jax.data.tasks import Task
 from distillspec_jax.decoding.autoregressive import autoregressive_sample
 from distillspec_jax.decoding.sampling import Sampling
 from distillspec_jax.decoding.speculative import speculative_sample
-from distillspec_jax.evaluation.intervals import ratio
+from distillspec_jax.evaluation.acceptance import acceptance_rate, block_efficiency
 from distillspec_jax.evaluation.quality import has_references, quality
 from distillspec_jax.models.transformer import Transformer
 from experiments.checks import check_entries, check_least
@@ -166,8 +166,10 @@ def make_decoding(
         figures: dict[str, Any] = {}
         for temperature in config.temperatures:
             emitted, calls, accepted, tested = counts_of(params, temperature)
-            figures |= ratio(emitted, calls).keys(f"{TAU}_t{temperature:g}")
-            figures |= ratio(accepted, tested).keys(f"{ALPHA}_t{temperature:g}")
+            figures |= block_efficiency(emitted, calls, config.gamma).keys(
+                f"{TAU}_t{temperature:g}"
+            )
+            figures |= acceptance_rate(accepted, tested).keys(f"{ALPHA}_t{temperature:g}")
         taus = [figures[f"{TAU}_t{each:g}"] for each in config.temperatures]
         return {MEAN: float(np.mean(taus)), **figures}
 

@@ -71,6 +71,7 @@ def generate(
     negative id stay empty.
     """
     config, batch_size = model.config, inputs.shape[0]
+    inputs = inputs.astype(jnp.int32)
     row_ids = keys.default_row_ids(inputs, row_ids)
     uniforms = keys.position_uniforms(keys.row_keys(rng, row_ids), max_new_tokens)
     params = in_compute_dtype(model, params)

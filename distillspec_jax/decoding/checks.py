@@ -31,6 +31,8 @@ def check_request(
     may hold anything. Weights are not looked at: to walk through hundreds of arrays would take
     longer than all the rest. If they are traced `check_finite` tells it.
     """
+    if jax.config.jax_enable_x64:
+        raise UserError("JAX_ENABLE_X64 is set, and decoding computes in 32 bits; unset it")
     for name, argument in (("inputs", inputs), ("rng", rng), ("row_ids", row_ids)):
         _check_untraced(name, argument)
     _check_key(rng)
@@ -71,7 +73,10 @@ def _check_key(rng: Any) -> None:
     """Refuses what is neither a key nor the words of a raw one."""
     dtype, dims = getattr(rng, "dtype", None), getattr(rng, "ndim", None)
     is_new = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and dims == 0
-    if not is_new and not (dtype == np.uint32 and dims == 1):
+    is_raw = dtype == np.uint32 and dims == 1
+    if is_raw:
+        is_raw = rng.shape == jax.eval_shape(jax.random.PRNGKey, 0).shape
+    if not is_new and not is_raw:
         found = f"{rng!r}" if dims is None else f"an array of shape {rng.shape} of {dtype}"
         raise UserError(f"rng is {found}; it must be one key: jax.random.key(seed)")
 

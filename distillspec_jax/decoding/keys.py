@@ -20,14 +20,22 @@ def purpose_key(seed: int | jax.Array, purpose: str) -> jax.Array:
 
 
 def row_keys(rng: jax.Array, row_ids: jax.Array) -> jax.Array:
-    """One key per row [B], from the run's key and the rows' ids [B]."""
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, row_ids)
+    """One key per row [B], from the run's key and the rows' ids [B].
+
+    Threefry's, whatever the run's is: under `vmap` an rbg key draws by its place in the batch.
+    """
+    first, second, *more = jax.random.key_data(rng)
+    key = jax.random.wrap_key_data(jnp.stack([first, second]), impl="threefry2x32")
+    for word in more:
+        key = jax.random.fold_in(key, word)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_ids)
 
 
 def position_uniforms(keys: jax.Array, count: int) -> jax.Array:
     """Uniforms in [0, 1) for positions 0..count-1 of each row: [B, count] float32.
 
-    Threefry counts positions, so a longer `count` begins with the same numbers.
+    Threefry counts positions (by `jax_threefry_partitionable`, JAX's default), so a longer `count`
+    begins with the same numbers.
     """
     return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
 

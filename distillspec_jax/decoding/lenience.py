@@ -10,6 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from distillspec_jax.decoding.sampling import SMALLEST_NORMAL
 from distillspec_jax.errors import UserError, check_number, unknown_name
 
 KINDS = ("linear", "square", "exponential")
@@ -39,6 +40,12 @@ class Lenience:
         check_number("lenience", self.epsilon)
         if not 0 < self.epsilon <= 1:
             raise UserError(f"lenience is {self.epsilon}; it must be in (0, 1], 1 being exact")
+        divisor = {"linear": self.epsilon, "square": self.epsilon**2}.get(self.kind, 1.0)
+        if divisor < SMALLEST_NORMAL:
+            raise UserError(
+                f"lenience is {self.epsilon}, by which float32 cannot divide as '{self.kind}'; "
+                "1e-15 accepts as much"
+            )
 
     @property
     def is_exact(self) -> bool:

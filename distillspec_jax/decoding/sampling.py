@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from distillspec_jax.errors import UserError, check_count, check_number
 
 CDF_BLOCK = 128  # entries of a vocabulary whose running sum is formed at a time
-_SMALLEST_NORMAL = float(jnp.finfo(jnp.float32).tiny)  # anything below is 0 to XLA, no divisor
+SMALLEST_NORMAL = float(jnp.finfo(jnp.float32).tiny)  # anything below is 0 to XLA, no divisor
 _ONE_BITS = 0x3F800000  # float32 1.0; positive floats order as their bits do
 
 
@@ -39,7 +39,7 @@ class Sampling:
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or positive")
         check_count("top_k", self.top_k, least=0, zero="off")
-        if not _SMALLEST_NORMAL <= self.top_p <= 1:  # below, float32 has 0
+        if not SMALLEST_NORMAL <= self.top_p <= 1:  # below, float32 has 0
             raise UserError(f"top_p is {self.top_p}; it must be in (0, 1], 1 being off")
 
     @property
@@ -60,10 +60,11 @@ def process(logits: jax.Array, sampling: Sampling) -> jax.Array:
         return _one_hot_argmax(logits)
     # the maximum goes first: a logit over a tiny temperature is infinite, and inf - inf NaN
     shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
-    scaled = shifted / max(sampling.temperature, _SMALLEST_NORMAL)
+    scaled = shifted / max(sampling.temperature, SMALLEST_NORMAL)
     if 0 < sampling.top_k < logits.shape[-1]:
-        kth = jax.lax.top_k(scaled, sampling.top_k)[0][..., -1:]
-        scaled = jnp.where(scaled < kth, -jnp.inf, scaled)  # a NaN stays and spreads
+        # before the division, which may make equal what was not
+        kth = jax.lax.top_k(shifted, sampling.top_k)[0][..., -1:]
+        scaled = jnp.where(shifted < kth, -jnp.inf, scaled)  # a NaN stays and spreads
     weights = jnp.exp(scaled)
     probs = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return probs if sampling.top_p == 1 else _nucleus(probs, sampling.top_p)

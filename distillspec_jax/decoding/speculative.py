@@ -167,6 +167,7 @@ def begin(
 ) -> State:
     """Both models read the prompts [B, S]; nothing is emitted yet."""
     s, batch_size = speculation, inputs.shape[0]
+    inputs = inputs.astype(jnp.int32)
     limit = s.max_new_tokens + s.gamma
     target_cache, pending = start(s.target, target_params, inputs, limit)
     draft_cache, _ = start(s.draft, draft_params, inputs, limit)

@@ -38,6 +38,16 @@ def token_acceptance(target_probs: jax.Array, draft_probs: jax.Array) -> jax.Arr
     return jnp.sum(jnp.minimum(target_probs, draft_probs), axis=-1)
 
 
+def block_efficiency(emitted: np.ndarray, calls: np.ndarray, gamma: int) -> Estimate:
+    """tau, tokens per target call, of blocks of up to gamma drafted tokens."""
+    return ratio(emitted, calls).within(1, gamma + 1)
+
+
+def acceptance_rate(accepted: np.ndarray, tested: np.ndarray) -> Estimate:
+    """alpha, accepted tokens per tested one."""
+    return ratio(accepted, tested).within(0, 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class TeacherForced:
     """Acceptance along given texts; every array is [B, T] and 0 past the end of a text.
@@ -230,24 +240,32 @@ class Counts:
         )
 
     @property
+    def gamma(self) -> int:
+        return self.histogram.shape[-1] - 1
+
+    @property
     def block_efficiency(self) -> Estimate:
         """tau, tokens per target call."""
-        return ratio(self.emitted, self.calls)
+        return block_efficiency(self.emitted, self.calls, self.gamma)
 
     def gain(self, base: Counts) -> Estimate:
         """tau over the tau of another draft on the same prompts, paired."""
         return ratio_of_ratios(self.emitted, self.calls, base.emitted, base.calls)
 
-    def keys(self, gamma: int) -> dict[str, Any]:
+    def keys(self) -> dict[str, Any]:
         """Entries of a summary: alpha in three ways, tau measured and predicted in two."""
-        counted = ratio(self.accepted, self.tested)
+        counted = acceptance_rate(self.accepted, self.tested)
         return {
             **counted.keys("acceptance_rate"),
-            **ratio(self.overlap, self.text_tokens).keys("acceptance_rate_overlap"),
-            **ratio(self.block_accepted, self.block_tested).keys("acceptance_rate_blocks"),
+            **acceptance_rate(self.overlap, self.text_tokens).keys("acceptance_rate_overlap"),
+            **acceptance_rate(self.block_accepted, self.block_tested).keys(
+                "acceptance_rate_blocks"
+            ),
             **self.block_efficiency.keys("block_efficiency"),
-            **ratio(self.path_tokens, self.path_calls).keys("block_efficiency_path"),
-            "block_efficiency_iid": iid_block_efficiency(counted.value, gamma),
+            **block_efficiency(self.path_tokens, self.path_calls, self.gamma).keys(
+                "block_efficiency_path"
+            ),
+            "block_efficiency_iid": iid_block_efficiency(counted.value, self.gamma),
             "accepted_histogram": self.histogram.sum(
                 axis=tuple(range(self.histogram.ndim - 1))
             ).tolist(),

@@ -40,6 +40,13 @@ class Estimate:
             return {name: self.value}
         return {name: self.value, f"{name}_ci95": [self.low, self.high]}
 
+    def within(self, lowest: float, highest: float) -> Estimate:
+        """The same with an interval, where there is one, that goes no further than is possible."""
+        if not np.isfinite([self.low, self.high]).all():
+            return self
+        low, high = (float(np.clip(end, lowest, highest)) for end in (self.low, self.high))
+        return dataclasses.replace(self, low=low, high=high)
+
     def overlaps(self, other: Estimate) -> bool:
         return self.low <= other.high and other.low <= self.high
 

@@ -21,7 +21,7 @@ _FINAL_NUMBER = re.compile(r"####\s*([-+]?[$€£]?\s*\d[\d,]*(?:\.\d+)?)")
 
 
 def final_number(text: str) -> float | None:
-    """The number behind the last `####`, thousands separators and currency signs dropped."""
+    """The number behind the last `####` that has one, without signs of currency and thousands."""
     found = _FINAL_NUMBER.findall(text)
     return float(re.sub(r"[$€£,\s]", "", found[-1])) if found else None
 
@@ -174,9 +174,7 @@ def pooled_quality(
         share = exact_proportion(int(columns[0][0].sum()), len(references))
     else:
         share = estimate(kind.statistic, columns)
-    low, high = share.low, share.high
-    if np.isfinite([low, high]).all():
-        low, high = np.clip([low, high], 0.0, 1.0)
+    share = share.within(0.0, 1.0)
     return dataclasses.replace(
-        share, value=100 * share.value, low=100 * float(low), high=100 * float(high)
+        share, value=100 * min(share.value, 1.0), low=100 * share.low, high=100 * share.high
     )

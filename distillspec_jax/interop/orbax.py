@@ -24,7 +24,7 @@ from distillspec_jax.models.config import ModelConfig, check_has_end
 from distillspec_jax.models.cpu_memory import on_large_pages
 from distillspec_jax.models.fingerprint import checksums
 from distillspec_jax.models.transformer import Transformer
-from distillspec_jax.run_folders import FOLDER, FORMAT, sealed, unsealed
+from distillspec_jax.run_folders import FOLDER, FORMAT, SUMS, sealed, unsealed
 
 
 def is_step(folder: Path) -> bool:
@@ -75,7 +75,7 @@ def read_params(
         raise UserError(f"the checkpoint {step} is damaged: {first_line(error)}") from error
     finally:
         handler.close()
-    stored = describe(step).get("checksums")  # older checkpoints have none
+    stored = describe(step).get(SUMS)  # older checkpoints have others, or none
     if stored is not None and stored != checksums(params).tolist():
         raise UserError(
             f"the checkpoint {step} is damaged: its weights are not those it was saved with"
@@ -114,7 +114,7 @@ def save(
         "format": FORMAT,
         "versions": {"distillspec_jax": distillspec_jax.__version__, "jax": jax.__version__},
     }
-    stored["checksums"] = checksums(params).tolist()
+    stored[SUMS] = checksums(params).tolist()
     args = ocp.args.Composite(
         params=ocp.args.StandardSave(params),
         description=ocp.args.JsonSave(sealed(json.loads(json.dumps(stored)))),

@@ -8,7 +8,7 @@ Layout, for readers that want the weights and no training state:
     <workdir>/checkpoints/<step>/description   item of JsonSave: {"model": dataclasses.asdict of
                                                ModelConfig, "vocabulary_fingerprint": str, "step":
                                                int, "best": bool, "format": 1, "versions": {...},
-                                               "checksums": of the weights, leaf by leaf, "loop":
+                                               "sums": checksums of the weights, by leaf, "loop":
                                                digest of that item, "seal": digest of this one
                                                but for "best", and what else the run said about
                                                itself}
@@ -47,6 +47,7 @@ from distillspec_jax.models.fingerprint import checksums
 from distillspec_jax.run_folders import (
     FOLDER,
     FORMAT,
+    SUMS,
     check_digest,
     digest,
     drop_unfinished_reads,
@@ -155,7 +156,7 @@ class Checkpoints:
         self, params: Any, training: Any, description: dict[str, Any], memory: dict[str, Any]
     ) -> None:
         sums = np.asarray(training["checksums"])[: len(jax.tree.leaves(params))]
-        description["checksums"] = sums.tolist()
+        description[SUMS] = sums.tolist()
         description["loop"] = digest(memory)
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
@@ -291,11 +292,10 @@ class Checkpoints:
         training["checksums"] = jax.ShapeDtypeStruct(
             sums, jnp.uint32, sharding=shapes.step.sharding
         )
-        return (
-            _arrays(place / "params", params),
-            _arrays(place / "training", training),
-            memory,
-        )
+        found = _arrays(place / "params", params), _arrays(place / "training", training), memory
+        if SUMS not in description:  # of an earlier version, which summed in another way
+            found[1]["checksums"] = None
+        return found
 
     def _check_identity(self, step: int, stored: Mapping[str, Any]) -> None:
         place = self._folder / str(step)
@@ -369,7 +369,7 @@ def _contradiction(step: int, params: Any, training: dict[str, Any]) -> str:
     To be asked on all hosts: the sums are over whole arrays.
     """
     stored = training.pop("checksums")
-    if not np.array_equal(checksums((params, training)), stored):
+    if stored is not None and not np.array_equal(checksums((params, training)), stored):
         return "the arrays do not have the checksums they were saved with"
     if int(training["step"]) != step:
         return f"it holds step {int(training['step'])}"

@@ -17,6 +17,7 @@ from distillspec_jax.decoding.block_length import Tuning, efficiency_by_gamma, t
 from distillspec_jax.decoding.sampling import Sampling
 from distillspec_jax.decoding.speculative import speculative_sample
 from distillspec_jax.decoding.state import SpeculativeOutput
+from distillspec_jax.evaluation.acceptance import block_efficiency
 from distillspec_jax.evaluation.intervals import estimate, ratio_of_ratios
 from distillspec_jax.evaluation.latency import (
     DRAFT_STEP,
@@ -201,7 +202,7 @@ class _Run:
         blocks = [self._speculative(batch, gamma).statistics for batch in batches]
         emitted = np.array([np.sum(each.emitted) for each in blocks])
         calls = np.array([np.sum(each.target_calls) for each in blocks])
-        figures |= estimate(np.divide, [emitted, calls]).keys("block_efficiency")
+        figures |= block_efficiency(emitted, calls, gamma).keys("block_efficiency")
         if batch_size == 1:  # in larger batches rows wait for each other
             figures |= _over_prediction(clock, emitted, calls, gamma)
         rates = {

@@ -12,6 +12,7 @@ from distillspec_jax.decoding import autoregressive
 from distillspec_jax.decoding.autoregressive import autoregressive_sample
 from distillspec_jax.decoding.keys import position_uniforms, row_keys
 from distillspec_jax.decoding.sampling import Sampling, inverse_cdf, process
+from distillspec_jax.decoding.speculative import speculative_sample
 from distillspec_jax.errors import UserError
 from distillspec_jax.models.transformer import score
 
@@ -61,6 +62,48 @@ def test_a_row_does_not_depend_on_its_batch(pair, prompts):
     np.testing.assert_array_equal(part.tokens, whole.tokens[rows])
     alone = sample(pair, prompts[4:5, :5], row_ids=np.array([4]))
     np.testing.assert_array_equal(alone.tokens[0], whole.tokens[4])
+
+
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+def test_a_row_does_not_depend_on_its_batch_with_keys_of_any_kind(pairs, prompts, impl):
+    """Under `vmap` such a key draws by its place in the batch."""
+    pair, rng = pairs["decoder-only"], jax.random.key(5, impl=impl)
+    settings = {"sampling": SAMPLING, "max_new_tokens": LIMIT}
+    rows = np.array([17, 4, 29])
+    for draw in (
+        lambda inputs, ids: autoregressive_sample(*pair[:2], inputs, rng, row_ids=ids, **settings),
+        lambda inputs, ids: speculative_sample(
+            *pair, inputs, rng, row_ids=ids, gamma=2, **settings
+        ),
+    ):
+        whole, part = draw(prompts, np.arange(len(prompts))), draw(prompts[rows], rows)
+        np.testing.assert_array_equal(part.tokens, whole.tokens[rows])
+    words = jax.random.key_data(rng)
+    assert words.shape == (4,)
+    for word in range(4):
+        other = jax.random.wrap_key_data(words.at[word].add(1), impl=impl)
+        drawn = [position_uniforms(row_keys(key, jnp.arange(2)), 3) for key in (rng, other)]
+        assert np.abs(drawn[0] - drawn[1]).min() > 0
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint32, np.int64])
+def test_ids_of_any_integer_type_are_prompts(pairs, prompts, dtype):
+    for pair in pairs.values():
+        expected = sample(pair, prompts[:3])
+        np.testing.assert_array_equal(
+            sample(pair, prompts[:3].astype(dtype)).tokens, expected.tokens
+        )
+        settings = {"gamma": 2, "max_new_tokens": 3}
+        found, wanted = (
+            speculative_sample(*pair, prompts[:3].astype(kind), RNG, **settings).tokens
+            for kind in (dtype, np.int32)
+        )
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_numbers_of_64_bits_are_refused(pair, prompts):
+    with jax.enable_x64(True), pytest.raises(UserError, match="JAX_ENABLE_X64 is set, and"):
+        sample(pair, prompts)
 
 
 def test_a_longer_limit_continues_the_same_text(pair, prompts):
@@ -170,7 +213,11 @@ def test_a_jitted_caller_is_told_whatever_it_traces(pairs, prompts, traced):
 
 
 @pytest.mark.parametrize(
-    "rng", [0, None, np.uint32(3), np.zeros((2, 2), np.uint32), jax.random.split(RNG)]
+    "rng",
+    [
+        *(0, None, np.uint32(3), jax.random.split(RNG)),
+        *(np.zeros(shape, np.uint32) for shape in ((2, 2), (3,), (4,), (0,))),
+    ],
 )
 def test_what_is_no_random_key_is_refused(pairs, prompts, rng):
     model, params = pairs["decoder-only"][:2]

@@ -163,3 +163,9 @@ def test_every_block_has_its_own_numbers():
     assert len(np.unique(jnp.concatenate([first, second]))) == 70
     mixed = block_uniforms(keys, jnp.array([0, 1, 0, 1, 0]), 7)
     np.testing.assert_array_equal(mixed, jnp.where(jnp.arange(5)[:, None] % 2, second, first))
+
+
+def test_a_temperature_that_makes_all_equal_keeps_the_k_largest():
+    """Divided by it the logits are ties; which are the largest is asked before."""
+    probs = process(jnp.array([1.0, 4.0, 2.0, 3.0]), Sampling(1e38, top_k=2))
+    np.testing.assert_array_equal(probs, [0, 0.5, 0, 0.5])

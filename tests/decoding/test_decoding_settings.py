@@ -51,6 +51,8 @@ def test_settings_out_of_range_are_refused(pairs, prompts, settings, named):
     [
         (lambda: Lenience("linear", 0.0), "lenience is 0.0"),
         (lambda: Lenience("linear", 1.5), "lenience is 1.5"),
+        (lambda: Lenience("linear", 1e-38), "lenience is 1e-38, by which float32 cannot divide"),
+        (lambda: Lenience("square", 1e-19), "lenience is 1e-19, by which .* as 'square'; 1e-15"),
         (lambda: Lenience("lin"), "did you mean 'linear'"),
         (lambda: BlockLength(min_confidence=1.2), "min_confidence is 1.2"),
         (lambda: BlockLength(max_entropy=-1.0), "max_entropy is -1.0"),

@@ -256,7 +256,7 @@ def counts(rows, gamma=3):
 
 
 def test_keys_of_a_draft_by_hand():
-    keys = counts(ROWS).keys(3)
+    keys = counts(ROWS).keys()
     assert keys["acceptance_rate"] == keys["acceptance_rate_blocks"] == pytest.approx(9 / 12)
     assert keys["acceptance_rate_overlap"] == pytest.approx(0.5)
     assert keys["block_efficiency"] == pytest.approx(14 / 6)
@@ -272,7 +272,7 @@ def test_keys_of_a_draft_by_hand():
 def test_the_block_that_the_limit_cuts_is_left_out_of_the_path():
     accept = np.ones((1, 4))  # blocks of 3 tokens: a whole one, and one token of the next
     along = TeacherForced(accept, accept, np.array([4]))
-    keys = Counts.of(output_of(ROWS[2:], 3), along, gamma=2).keys(2)
+    keys = Counts.of(output_of([[(2, BONUS)]], 2), along, gamma=2).keys()
     assert keys["block_efficiency_path"] == 3
     assert keys["acceptance_rate_overlap"] == 1
 
@@ -280,9 +280,22 @@ def test_the_block_that_the_limit_cuts_is_left_out_of_the_path():
 def test_seeds_are_stacked_in_front_of_prompts():
     both = Counts.stack([counts(ROWS), counts(ROWS[::-1])])
     assert both.emitted.shape == (2, 3)
-    assert both.keys(3)["block_efficiency"] == pytest.approx(14 / 6)
-    assert both.keys(3)["accepted_histogram"] == [4, 2, 2, 4]
-    assert both.keys(3)["num_prompts"] == 3
+    assert both.keys()["block_efficiency"] == pytest.approx(14 / 6)
+    assert both.keys()["accepted_histogram"] == [4, 2, 2, 4]
+    assert both.keys()["num_prompts"] == 3
+
+
+def test_intervals_of_seeds_that_differ_end_where_rates_do():
+    """Student's interval of two seeds, one of them perfect, would go on."""
+    perfect, other = [[(3, BONUS)]] * 3, [[(3, BONUS)], [(3, BONUS)], [(2, CORRECTED)]]
+    keys = Counts.stack([counts(perfect), counts(other)]).keys()
+    for name, highest in (("acceptance_rate", 1), ("block_efficiency", 4)):
+        low, high = keys[f"{name}_ci95"]
+        assert low < keys[name] < high == highest
+    none = [[(0, CORRECTED)]] * 3
+    keys = Counts.stack([counts(none), counts(other)]).keys()
+    for name, lowest, highest in (("acceptance_rate", 0, 1), ("block_efficiency", 1, 4)):
+        assert keys[f"{name}_ci95"] == [lowest, highest]
 
 
 def test_gain_pairs_prompts():

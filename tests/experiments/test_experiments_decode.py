@@ -234,6 +234,17 @@ def test_a_prompt_of_the_terminal_that_is_not_utf8_is_left_out(run, monkeypatch)
     assert "error: the prompt:1 is not UTF-8\n" in err
 
 
+def test_bytes_that_are_not_utf8_reach_the_check_in_every_locale(run, monkeypatch):
+    """Where a locale is set Python reads standard input strictly."""
+    content = PROMPTS[0].encode() + b"\nTom has \xff apples .\n"
+    stdin = io.TextIOWrapper(io.BytesIO(content), encoding="ascii", errors="strict")
+    monkeypatch.setattr("sys.stdin", stdin)
+    code, _, err, folder = run()
+    assert code is None
+    assert [row["prompt"] for row in outputs(folder)] == [PROMPTS[0]]
+    assert "error: the prompt:1 is not UTF-8\n" in err
+
+
 def test_texts_of_another_law_are_said_to_be(run):
     flags = [f"--prompt={prompt}" for prompt in PROMPTS]
     lenience = {"kind": "linear", "epsilon": 0.5, "relaxed_residual": True}

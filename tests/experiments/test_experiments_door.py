@@ -52,6 +52,20 @@ def test_nested_values_lists_and_defaults():
     assert isinstance(found.inner.rate, float)
 
 
+def test_lists_of_a_config_file_can_be_overridden(call, tmp_path):
+    path = tmp_path / "lists.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n"
+        "    return ConfigDict({'steps': 3, 'inner': {'sizes': [7, 8]}, 'pair': [4, 5.0]})\n"
+    )
+    seen = []
+    flags = f"--config={path}", f"--workdir={tmp_path}", "--config.inner.sizes=(9,)"
+    code, _, err = call(*flags, main=lambda config, workdir: seen.append(config))
+    assert code is None, err
+    assert (seen[0].inner.sizes, seen[0].pair) == ((9,), (4, 5.0))
+
+
 def test_a_section_left_out_is_the_default():
     assert convert(steps=3).inner == Inner(name="of the outer")
 

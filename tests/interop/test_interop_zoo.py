@@ -234,6 +234,14 @@ def test_damaged_runs_are_refused(tmp_path, tiny):
         del stored["seal"]
         (step / text).write_text(json.dumps(stored))
 
+    def other_sums(step):
+        stored = json.loads((step / text).read_text())
+        stored["sums"][0] += 1
+        del stored["seal"]
+        (step / text).write_text(json.dumps(stored))
+
+    refused(damaged(other_sums), "its weights are not those it was saved with")
+
     refused(damaged(other_shape), "has shape .* its config asks for")
     run = damaged(lambda step: (step / text).write_text("[" * 10**5))
     refused(run / "checkpoints" / "0", "description cannot be read")

@@ -74,6 +74,20 @@ def test_checksums_see_each_bit_and_the_order(dtype):
         assert np.asarray(checksums({"a": array[::-1]})) != base
 
 
+@pytest.mark.parametrize("size", [2, 24, 512])
+def test_checksums_see_what_keeps_other_sums(size):
+    """Signs turned, two and all of them, and numbers that change places."""
+    array = np.random.default_rng(0).standard_normal(size).astype(np.float32)
+    first = array.copy()
+    first[:2] *= -1
+    swapped = array.copy()
+    swapped[0], swapped[size // 2] = 1.0, 2.0
+    back = swapped.copy()
+    back[0], back[size // 2] = 2.0, 1.0
+    found = {int(checksums([x])[0]) for x in (array, -array, first, swapped, back, np.sort(array))}
+    assert len(found) == 6 - (size == 2)  # of two numbers all signs are two
+
+
 def test_checksums_do_not_depend_on_the_layout():
     mesh = jax.make_mesh((8,), ("data",))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))

@@ -343,6 +343,22 @@ def test_an_older_text_without_a_seal_is_taken(make_toy):
 
 
 @ignore_remains
+def test_sums_of_an_earlier_version_are_not_compared(make_toy, monkeypatch, capsys):
+    """It summed in another way, and its description calls them otherwise."""
+    real, toy = module.checksums, make_toy()
+    monkeypatch.setattr(module, "checksums", lambda tree: real(tree) + 1)
+    saved = save(toy, [3, 7])
+    monkeypatch.undo()
+    path = toy.workdir / "checkpoints" / "3" / "description" / "metadata"
+    stored = json.loads(path.read_text())
+    stored["checksums"] = stored.pop("sums")
+    path.write_text(json.dumps({k: v for k, v in stored.items() if k != "seal"}))
+    assert_same(restore(toy)[0], saved[3])
+    assert "checkpoint of step 7 is damaged" in capsys.readouterr().err
+    assert [p.name for p in (toy.workdir / "damaged").iterdir()] == ["7"]
+
+
+@ignore_remains
 def test_all_damaged_is_an_error_and_loses_nothing(make_toy, capsys):
     toy = make_toy()
     save(toy, [3, 7])
@@ -470,7 +486,7 @@ def test_description_says_what_is_inside(make_toy):
     assert found["model"] == {"name": "toy", "sizes": [5, 3]}
     assert (found["step"], found["best"], found["format"], found["seed"]) == (3, False, 1, 13)
     assert found["versions"]["jax"] == jax.__version__
-    assert found["checksums"] == checksums(state.average).tolist()
+    assert found["sums"] == checksums(state.average).tolist()
 
 
 def test_leftovers_of_a_killed_save_are_cleaned_up(make_toy):
