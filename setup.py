@@ -20,7 +20,7 @@ INSTALL = [
     "grain>=0.2.12",
     "tensorflow-datasets>=4.9.9",
     "array-record>=0.8",
-    "importlib-resources",
+    "importlib-resources",  # TFDS imports it and does not say so
     "sentencepiece>=0.2",
     "protobuf>=5",
     "sacremoses>=0.1.1",
@@ -36,7 +36,7 @@ INSTALL = [
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     "cuda": ["jax[cuda13]>=0.10,<0.13"],
-    "report": ["tensorboard>=2.18", "jupyterlab>=4"],
+    "report": ["tensorboard>=2.18", "jupyterlab>=4"],  # open the event files, and the notebook
     "peers": [
         "torch==2.13.0",
         "transformers>=5,<6",
@@ -64,7 +64,7 @@ setup(
     long_description=(HERE / "README.md").read_text() if (HERE / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.13",
     packages=find_namespace_packages(include=["distillspec_jax*", "experiments*"]),
     package_data={"distillspec_jax": ["**/*.model", "**/*.safetensors", "**/*.json", "**/*.md"]},
     install_requires=INSTALL,

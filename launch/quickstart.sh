@@ -6,6 +6,7 @@
 #   --fast          small and rough, at most two minutes, in runs/quickstart-fast
 #   --seeds N       N drafts of each kind, for a claim with intervals over seeds
 #   --from-scratch  also trains the target and the draft to begin with (well over an hour)
+#   --python V      in an environment of that version's own
 #
 # Started again it goes on where it was, and keeps what is done.
 set -euo pipefail
@@ -23,7 +24,7 @@ while [ $# -gt 0 ]; do
       shift
       ;;
     -h | --help)
-      sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+      sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
       exit 0
       ;;
     *) fail "unknown option $1; known: --fast --seeds N --from-scratch --python VERSION" ;;

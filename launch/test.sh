@@ -23,7 +23,8 @@ while [ $# -gt 0 ]; do
       arguments+=(-n 0 -m gpu) # one process: each takes most of the GPU's memory
       ;;
     --python)
-      version=${2:?--python needs a version}
+      [ $# -ge 2 ] || fail "--python needs a value"
+      version=$2
       shift
       ;;
     -h | --help)

@@ -2,9 +2,14 @@
 
 import ast
 import re
+import shutil
+import subprocess
 import sys
+import zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 OURS = {"distillspec_jax", "experiments"}
@@ -36,3 +41,24 @@ def test_every_import_is_declared():
         if not declared & {d.lower().replace("_", "-") for d in known.get(name, [name])}
     }
     assert lacking == set()
+
+
+@pytest.mark.slow
+def test_a_wheel_has_every_module_and_what_they_read(tmp_path):
+    """Configs too, though no file makes a package of them."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", *OURS, "setup.py", "pyproject.toml", "README.md"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split("\0")[:-1]
+    for name in listed:
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "tree" / name)
+    wheel = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path]
+    subprocess.run([*wheel, tmp_path / "tree"], check=True)
+    [made] = tmp_path.glob("*.whl")
+    packed = set(zipfile.ZipFile(made).namelist())
+    read = {name for name in listed if name.endswith((".py", ".model", ".safetensors", ".json"))}
+    assert read - packed == {"setup.py"}
