@@ -38,7 +38,7 @@ from experiments.decoder import (
     Decoder,
     Lines,
     coloured,
-    read_prompts,
+    given_prompts,
 )
 from experiments.workdir import METRICS, Workdir, write_json_lines
 
@@ -49,7 +49,7 @@ _PROMPT = flags.DEFINE_multi_string("prompt", None, "a prompt; short for config.
 
 
 def main(config: DecodeConfig, workdir: Path) -> None:
-    examples = read_prompts(config)
+    examples = given_prompts(config)
     decoder = Decoder(config)
     # a prompt that is too long is refused before anything is written
     inputs = None if examples is None else decoder.encode(examples)

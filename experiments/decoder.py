@@ -126,7 +126,7 @@ class Lines(Examples):
         return f"{self._where}:{self._lines[index][0]}"
 
 
-def read_prompts(config: DecodeConfig) -> Examples | None:
+def given_prompts(config: DecodeConfig) -> Examples | None:
     """The prompts of the config; None if they are to be read as they come."""
     path, prefix = config.prompts, config.prefix
     if config.prompt:

@@ -28,7 +28,7 @@ from distillspec_jax.training.optimizers import OptimizerConfig, make_optimizer
 from distillspec_jax.training.state import TrainState
 from experiments.bench import Bench, Draft, Prompts, Setting
 from experiments.cells import Cell, Trainer
-from experiments.decoder import Decoder, read_prompts
+from experiments.decoder import Decoder, given_prompts
 from experiments.models import Loaded, check_meeting, outline
 from experiments.planning import (
     GIB,
@@ -195,7 +195,7 @@ def of_generate(config: GenerateConfig) -> Outline:
 
 def of_decode(config: DecodeConfig) -> Outline:
     """All prompts of the config, or one of the terminal at a time."""
-    examples, decoder = read_prompts(config), Decoder(config, outline)
+    examples, decoder = given_prompts(config), Decoder(config, outline)
     rows, length = 1, config.input_length
     if examples is not None:
         rows, length = decoder.encode(examples).shape

@@ -14,7 +14,7 @@ from distillspec_jax.data.vocabulary import load_vocabulary
 from distillspec_jax.decoding.state import ACCEPTED, BONUS, CORRECTED
 from distillspec_jax.errors import UserError
 from experiments import decode
-from experiments.decoder import STYLES, Answer, DecodeConfig, coloured, read_prompts
+from experiments.decoder import STYLES, Answer, DecodeConfig, coloured, given_prompts
 
 PROMPTS = ("Tom has 3 apples .", "Anna has 7 pens and buys 2 more .", "Ben has 4 pears .")
 
@@ -125,12 +125,12 @@ def test_lines_flags_and_terminal_give_the_same_texts(run, tmp_path, monkeypatch
 def test_only_a_line_feed_ends_a_prompt_of_a_text_file(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffone\u2028two\r\n\nthree\x0cfour\rfive\n".encode())
-    prompts = read_prompts(DecodeConfig(target="t", prompts=str(path)))
+    prompts = given_prompts(DecodeConfig(target="t", prompts=str(path)))
     assert [prompt.input for prompt in prompts] == ["one\u2028two", "three\x0cfour\rfive"]
     assert prompts.where(1) == f"{path}:3"
     path.write_bytes(b"one\n\xe9\n")
     with pytest.raises(UserError, match=r"prompts\.txt:2: not valid UTF-8"):
-        read_prompts(DecodeConfig(target="t", prompts=str(path)))
+        given_prompts(DecodeConfig(target="t", prompts=str(path)))
 
 
 def test_a_greedy_draft_of_a_sampling_target(run):

@@ -24,7 +24,7 @@ from distillspec_jax.evaluation.acceptance import Counts
 from distillspec_jax.evaluation.latency import StepCosts
 from experiments import bench, decoder, generate, measuring
 from experiments.bench import Runner, Setting, open_bench
-from experiments.decoder import DecodeConfig, Decoder, Lines, read_prompts
+from experiments.decoder import DecodeConfig, Decoder, Lines, given_prompts
 from experiments.draft_sampling import DraftSampling
 from experiments.evaluate import DraftConfig, EvaluateConfig
 from experiments.generate import GenerateConfig
@@ -349,13 +349,13 @@ def test_decode_reads_the_field_and_writes_the_prefix_of_its_config(tmp_path):
     path.write_text(json.dumps({"question": PROMPTS[0], "input": PROMPTS[1]}) + "\n")
     config = DecodeConfig(target="t", prompts=str(path), input_field="question", prefix="solve: ")
     expected = ["solve: " + PROMPTS[0]]
-    assert [prompt.input for prompt in read_prompts(config)] == expected
+    assert [prompt.input for prompt in given_prompts(config)] == expected
     flags = DecodeConfig(target="t", prompt=PROMPTS[:1], prefix="solve: ")
-    assert [prompt.input for prompt in read_prompts(flags)] == expected
+    assert [prompt.input for prompt in given_prompts(flags)] == expected
     text = tmp_path / "prompts.txt"
     text.write_text(PROMPTS[0])
     lines = DecodeConfig(target="t", prompts=str(text), prefix="solve: ")
-    assert [prompt.input for prompt in read_prompts(lines)] == expected
+    assert [prompt.input for prompt in given_prompts(lines)] == expected
 
 
 # --- generate ------------------------------------------------------------------------------------
