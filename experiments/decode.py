@@ -203,7 +203,8 @@ def _say(summary: dict[str, Any], path: Path) -> None:
         if key in summary:
             print(f"{key}: {worded(summary, key)}")
     [rate] = (value for key, value in summary.items() if key.startswith("tokens_per_second"))
-    print(f"tokens per second: {rate:,.0f}, {summary['num_prompts']} prompts")
+    count = summary["num_prompts"]
+    print(f"tokens per second: {rate:,.0f}, {count} prompt{'s' * (count != 1)}")
     print(f"files: {path} ({OUTPUTS}, {METRICS}, summary.json)")
 
 

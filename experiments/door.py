@@ -31,7 +31,7 @@ from ml_collections import ConfigDict, config_flags
 import distillspec_jax
 from distillspec_jax import hosts
 from distillspec_jax.errors import UserError, first_line
-from experiments.schema import check_overrides, complete, flat, to_dataclass
+from experiments.schema import check_overrides, complete, flag_refused, flat, to_dataclass
 from experiments.usage import default_of, usage
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -50,6 +50,7 @@ BAD_INPUT = 2
 STOPPED = 143  # what a shell reports for SIGTERM: the job is saved but not done
 
 INTERRUPTED = 130  # the same for Ctrl-C
+UNREAD = 141  # and for a reader that leaves
 
 _NO_ROOM, _NO_ACCESS = (errno.ENOSPC, errno.EDQUOT), (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -207,7 +208,12 @@ def _among_hosts(action: Callable[[], Any]) -> Any:
 
 def _or_exit(action: Callable[[], Any]) -> Any:
     try:
-        return action()
+        result = action()
+        sys.stdout.flush()
+        return result
+    except BrokenPipeError:  # who read what is said has left: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(UNREAD)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -231,13 +237,20 @@ def _parse_flags(argv: Sequence[str], config_class: type) -> list[str]:
     """absl's parser, but bad flags come out as UserError, and defaults can be overridden."""
     _leave_if_asked_for_help(argv, _DOOR, config_class)
     check_overrides(argv, config_class)
-    flags.FLAGS["config"].parser = _ConfigParser(config_class)
-    rest = _parsed(argv)
-    needs_config = any(
-        default_of(field) is dataclasses.MISSING for field in dataclasses.fields(config_class)
-    )
-    if needs_config and not _CONFIG.value:
-        raise UserError("--config=FILE.py is missing; see --help")
+    files = [arg for arg in argv[1:] if re.match(r"--?config(=|$)", arg)]
+    if len(files) > 1:
+        raise UserError(f"--config is given {len(files)} times ({' '.join(files)}); give it once")
+    if not files:
+        if any(
+            default_of(field) is dataclasses.MISSING for field in dataclasses.fields(config_class)
+        ):
+            raise UserError("--config=FILE.py is missing; see --help")
+        argv = [argv[0], "--config=", *argv[1:]]  # absl knows no --config.KEY without
+    flags.FLAGS["config"].parser = _ConfigParser(config_class, is_given=bool(files))
+    try:
+        rest = _parsed(argv)
+    except flags.Error as error:
+        raise flag_refused(str(error), config_class) from error
     _check_memory()
     if not _WORKDIR.value and not _PLAN.value:
         raise UserError("--workdir=FOLDER is missing; see --help")
@@ -258,7 +271,10 @@ def _parse_own_flags(argv: Sequence[str], has_workdir: bool) -> list[str]:
     for name in ("config", *(() if has_workdir else ("workdir",))):
         if name in given:
             raise UserError(f"this entrypoint takes no --{name}; see --help for its own flags")
-    rest = _parsed(argv)
+    try:
+        rest = _parsed(argv)
+    except flags.Error as error:
+        raise flag_refused(str(error)) from error
     _check_memory()
     return rest
 
@@ -267,7 +283,7 @@ def _leave_if_asked_for_help(
     argv: Sequence[str], names: Sequence[str], config_class: type | None = None
 ) -> None:
     if any(arg in ("-h", "-help", "--help", "--helpfull", "--helpshort") for arg in argv[1:]):
-        print(usage(names, config_class))
+        print(usage(names, config_class), flush=True)
         sys.exit(0)
 
 
@@ -279,12 +295,15 @@ def _check_memory() -> None:
 
 
 def _parsed(argv: Sequence[str]) -> list[str]:
+    """absl's parser; a shell leaves the ~ of --flag=~/folder as it is, and no prompt is a path."""
+    home = os.path.expanduser("~")
+    path = re.compile(r"(--?(?!prompt=|config\.prompt=)[\w.]+=)~(?=/|$)")
     try:
-        return flags.FLAGS(argv)
+        return flags.FLAGS([path.sub(lambda flag: flag[1] + home, arg) for arg in argv])
     except flags.Error as error:
         if isinstance(error.__context__, UserError):  # absl wraps what a parser raises
             raise error.__context__ from None
-        raise UserError(f"bad flags: {' '.join(str(error).split())}") from error
+        raise
 
 
 class _ConfigParser(flags.ArgumentParser):
@@ -294,10 +313,13 @@ class _ConfigParser(flags.ArgumentParser):
     loads it by means that Python is about to drop.
     """
 
-    def __init__(self, config_class: type) -> None:
-        self._config_class = config_class
+    def __init__(self, config_class: type, *, is_given: bool) -> None:
+        self._config_class, self._is_given = config_class, is_given
 
     def parse(self, path: str) -> ConfigDict:
+        if not self._is_given:
+            complete(config := ConfigDict(), self._config_class)
+            return config
         file, *argument = path.split(":", 1)
         get_config = _load_module(file).get_config
         try:

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from distillspec_jax.errors import naming
+from distillspec_jax.errors import UserError, naming
 from distillspec_jax.files import write_text
 from distillspec_jax.report.figures import figures_of, is_figure, render
 from distillspec_jax.report.headline import lines
@@ -33,6 +33,9 @@ class ReportConfig:
 
 def main(config: ReportConfig, workdir: Path) -> None:
     runs = find_runs(workdir)
+    for path in (workdir / TABLES, workdir / PAGE):
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, and the report has a file of that name; move it")
     tables, drawn = tables_of(runs), figures_of(runs)
     svgs = {name: (caption, render(figure, "svg")) for name, (caption, figure) in drawn.items()}
     whole_page = page(config.title or f"Report: {workdir.name}", runs, tables, svgs)

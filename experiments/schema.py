@@ -38,6 +38,25 @@ def check_overrides(argv: Sequence[str], config_class: type) -> None:
             here, where = _inner_dataclass(hints[name]) or hints[name], f"{where}.{name}"
 
 
+def flag_refused(words: str, config_class: type | None = None) -> UserError:
+    """What absl's parser says against a flag, in the words in which config files are refused."""
+    words = " ".join(words.split())
+    found = re.search(r"flag --config\.([\w.]+)=(.*?): ", words)
+    if found is None or config_class is None:
+        # absl knows those keys alone that are given: the nearest of them is no advice
+        return UserError(f"bad flags: {re.sub(r' Did you mean: config.*', '', words)}")
+    key, value = found.groups()
+    hint: Any = config_class
+    for name in key.split("."):
+        hint = typing.get_type_hints(hint)[name]
+        hint = _inner_dataclass(hint) or hint
+    keys = ""
+    if dataclasses.is_dataclass(hint):
+        names = (field.name for field in dataclasses.fields(hint))
+        keys = f", of which --config.{key}.{next(names)} sets one"
+    return UserError(f"config key 'config.{key}' is '{value}', must be {_name(hint)}{keys}")
+
+
 def complete(config: ConfigDict, config_class: type, base: Any = None) -> None:
     """Puts defaults that the file leaves out into `config`, so that flags know their types."""
     hints = typing.get_type_hints(config_class)

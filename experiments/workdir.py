@@ -154,9 +154,15 @@ def _refuse_other_run(
     for key, value in new.items():
         if old[key] != value and key not in may_change:
             raise UserError(
-                f"--workdir={path} holds another run: its {key} is {json.dumps(old[key])}, yours "
-                f"is {json.dumps(value)}; choose another workdir, or the same value to go on"
+                f"--workdir={path} holds another run: its {key} is {_shown(old[key])}, yours is "
+                f"{_shown(value)}; choose another workdir, or the same value to go on"
             )
+
+
+def _shown(value: Any) -> str:
+    """A value for a sentence: not all of a long one."""
+    words = json.dumps(value, ensure_ascii=False)
+    return words if len(words) <= 100 else f"{words[:97]}..."
 
 
 def _refuse_less(path: Path, config: Any, at_least: Mapping[str, int]) -> None:

@@ -16,6 +16,7 @@ from distillspec_jax.errors import UserError, unknown_name
 from distillspec_jax.models.config import check_dtype
 from distillspec_jax.models.presets import preset
 from experiments.checks import check_least
+from experiments.models import check_meeting
 
 PEERS = ("torch", "transformers")
 PARTS = ("plain", "drafted", "products")
@@ -89,6 +90,8 @@ def measure(config: Config, seed: int) -> Found:
     if config.peers and config.dtype != "float32":
         print(f"Hugging Face: left out, it computes in float32 here and not in {config.dtype}")
     has_peers = config.peers and not absent and config.dtype == "float32"
+    if "drafted" in config.parts:  # told now, not behind an hour of the other parts
+        check_meeting(config.target, config.draft)
     summary: Row = {}
     records: list[Row] = []
     modules: dict[str, Any] = {

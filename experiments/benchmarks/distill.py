@@ -17,6 +17,7 @@ from distillspec_jax.errors import unknown_name
 from distillspec_jax.models.config import check_dtype
 from distillspec_jax.training.optimizers import OptimizerConfig
 from experiments.checks import check_least
+from experiments.models import check_meeting
 
 PEERS = ("torch", "transformers", "trl")
 PARTS = ("trl", "trl_small", "torch", "chunked", "teacher", "utilisation")
@@ -84,6 +85,8 @@ def measure(config: Config, seed: int) -> Found:
         "utilisation": distill_steps.utilisation,
     }
     absent = [name for name in PEERS if importlib.util.find_spec(name) is None]
+    if "teacher" in config.parts:  # told now, not behind an hour of the other parts
+        check_meeting(config.teacher, config.teacher_draft)
     summary: Row = {}
     records: list[Row] = []
     for part in config.parts:

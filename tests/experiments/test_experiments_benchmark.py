@@ -311,3 +311,10 @@ def test_bad_settings_are_refused(changes, message):
 def test_an_unknown_benchmark_is_refused():
     with pytest.raises(UserError, match=r"unknown benchmark 'decoed'.*did you mean 'decode'"):
         benchmark.BenchmarkConfig(benchmark="decoed")
+
+
+def test_a_draft_that_is_not_there_is_told_before_anything_is_timed(monkeypatch):
+    monkeypatch.setattr(decode_plain, "measure", lambda *_: pytest.fail("timed"))
+    config = dataclasses.replace(PLAIN, parts=("plain", "drafted"), draft="nope")
+    with pytest.raises(UserError, match="unknown model 'nope'"):
+        decode.measure(config, seed=3)

@@ -18,6 +18,7 @@ from distillspec_jax.errors import UserError
 from distillspec_jax.training.optimizers import OptimizerConfig
 from experiments import door, schema
 from experiments.decoder import DecodeConfig
+from experiments.report import ReportConfig
 from experiments.workdir import Workdir
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -185,8 +186,8 @@ def test_a_read_only_workdir_is_one_sentence_and_code_2(call, tmp_path, folder):
         (["--config=CONFIG", "--config.=3"], "unknown config key 'config.'; known: config.flag"),
         (["--config=CONFIG", "--config.inner.=3"], "unknown config key 'config.inner.'; known"),
         (["--config=CONFIG", "--config.steps.more=3"], "config.steps is a single value"),
-        (["--config=CONFIG", "--config.steps=many"], "config.steps=many"),
-        (["--config=CONFIG", "--config.inner.rate=fast"], "config.inner.rate=fast"),
+        (["--config=CONFIG", "--config.steps=many"], "'config.steps' is 'many', must be int"),
+        (["--config=CONFIG", "--config.inner.rate=fast"], "'fast', must be a finite number"),
         (["--config=CONFIG", "--wrokdir=x"], "wrokdir"),
         (["--config=CONFIG", "stray"], "'stray' is not a flag"),
     ],
@@ -460,3 +461,86 @@ def test_a_terminal_without_a_letter_shows_another_for_it(monkeypatch):
     door._open()
     print("caf\u00e9 \u2713", flush=True)
     assert written.getvalue() == b"caf\xe9 ?\n"
+
+
+def test_keys_are_flags_without_a_config_file_as_well(leave, tmp_path):
+    seen = []
+
+    def run():
+        door.run(lambda config, workdir: seen.append(config), ReportConfig, plan=None)
+
+    code, _, err = leave(run, f"--workdir={tmp_path}", "--config.title=Mine")
+    assert (code, err) == (None, "")
+    assert leave(run, f"--workdir={tmp_path}")[0] is None
+    assert [config.title for config in seen] == ["Mine", ""]
+    code, _, err = leave(run, f"--workdir={tmp_path}", "--config.titel=Mine")
+    assert code == 2
+    assert "did you mean 'config.title'?" in err
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("--config.steps=1e3", "error: config key 'config.steps' is '1e3', must be int\n"),
+        ("--config.steps=", "error: config key 'config.steps' is '', must be int\n"),
+        ("--config.flag=maybe", "error: config key 'config.flag' is 'maybe', must be bool\n"),
+        ("--config.inner.rate=x", "key 'config.inner.rate' is 'x', must be a finite number\n"),
+        (
+            "--config.inner=5",
+            "config key 'config.inner' is '5', must be a section with keys, of which "
+            "--config.inner.rate sets one\n",
+        ),
+        ("--confg.steps=3", "error: bad flags: Unknown command line flag 'confg.steps'.\n"),
+        ("--config=CONFIG", "error: --config is given 2 times (--config="),
+    ],
+)
+def test_values_of_flags_are_refused_in_the_words_of_the_config(call, tmp_path, given, words):
+    code, out, err = call("--config=CONFIG", f"--workdir={tmp_path}", "--config.steps=4", given)
+    assert (code, out) == (2, "")
+    assert words in err
+
+
+def test_a_path_may_begin_at_home(call, tmp_path, monkeypatch):
+    """A shell leaves the ~ of --flag=~/folder as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    seen = []
+
+    def main(config, workdir):
+        seen.append((config.inner.name, str(workdir)))
+
+    assert call("--config=CONFIG", "--workdir=~/x", "--config.inner.name=~/y", main=main)[0] is None
+    assert call("--config=CONFIG", f"--workdir={tmp_path}/~/x", main=main)[0] is None
+    home = str(tmp_path / "home")
+    assert seen[0] == (f"{home}/y", f"{home}/x")
+    assert seen[1][1] == f"{tmp_path}/~/x"
+
+
+TALKS = """
+import sys
+from experiments import door
+from experiments.report import ReportConfig
+
+def main(config, workdir):
+    for number in range(100_000):
+        print(number)
+
+door.run(main, ReportConfig, plan=None)
+"""
+
+
+@pytest.mark.parametrize("flag", ["--help", "--workdir=x"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_ends_it_without_a_word(tmp_path, flag, unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", TALKS, flag],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert done.stderr == ""
+    assert done.returncode == door.UNREAD

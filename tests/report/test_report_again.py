@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from distillspec_jax.errors import UserError
 from distillspec_jax.report.figures import figures_of
 from distillspec_jax.report.page import page
 from distillspec_jax.report.runs import find_runs
@@ -78,3 +79,10 @@ def test_a_page_is_never_half_written(runs_folder, quick):
 
 def stems(folder):
     return {path.stem for path in folder.iterdir()}
+
+
+def test_a_folder_in_place_of_the_page_is_told_before_anything_is_written(runs_folder):
+    (runs_folder / report.PAGE).mkdir()
+    with pytest.raises(UserError, match=r"report\.html is a folder, and the report has a file"):
+        report.main(report.ReportConfig(), runs_folder)
+    assert not (runs_folder / report.FIGURES).exists()
