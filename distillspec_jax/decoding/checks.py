@@ -31,7 +31,7 @@ def check_request(
     may hold anything. Weights are not looked at: to walk through hundreds of arrays would take
     longer than all the rest. If they are traced `check_finite` tells it.
     """
-    if jax.config.jax_enable_x64:
+    if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
         raise UserError("JAX_ENABLE_X64 is set, and decoding computes in 32 bits; unset it")
     for name, argument in (("inputs", inputs), ("rng", rng), ("row_ids", row_ids)):
         _check_untraced(name, argument)

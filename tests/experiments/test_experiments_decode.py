@@ -234,6 +234,11 @@ def test_a_prompt_of_the_terminal_that_is_not_utf8_is_left_out(run, monkeypatch)
     assert "error: the prompt:1 is not UTF-8\n" in err
 
 
+def test_a_prompt_may_begin_like_a_path(run):
+    _, _, _, folder = run("--prompt=~/3 apples and ~")
+    assert [row["prompt"] for row in outputs(folder)] == ["~/3 apples and ~"]
+
+
 def test_bytes_that_are_not_utf8_reach_the_check_in_every_locale(run, monkeypatch):
     """Where a locale is set Python reads standard input strictly."""
     content = PROMPTS[0].encode() + b"\nTom has \xff apples .\n"
