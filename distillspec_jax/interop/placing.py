@@ -6,7 +6,6 @@ tensor. Each tensor is read once and cut to every device's shard while it is the
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -92,36 +91,3 @@ def _fill(leaf: Leaf, read: Read, buffers: Mapping[Ranges, np.ndarray]) -> None:
             if start <= number < stop:
                 piece = array[(index[0], *index[2:])]
                 np.copyto(buffer[:, number - start], piece, casting="unsafe")
-
-
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """Where one parameter will lie.
-
-    Attributes:
-      path: keys in the tree of parameters.
-      shape: of the whole.
-      shard_shape: of what one device holds.
-      parts: the published tensors that it is made of.
-    """
-
-    path: tuple[str, ...]
-    shape: tuple[int, ...]
-    shard_shape: tuple[int, ...]
-    parts: tuple[Part, ...]
-
-
-def plan(leaves: Iterable[Leaf], shardings: Any) -> list[Placement]:
-    """What `assemble` will do, without reading or allocating anything.
-
-    Raises UserError for a parameter that its sharding does not divide.
-    """
-    found = []
-    for leaf in leaves:
-        try:
-            shard_shape = get(shardings, leaf.path).shard_shape(leaf.shape)
-        except ValueError as error:
-            name = "/".join(leaf.path)
-            raise UserError(f"parameter {name} {leaf.shape} cannot be sharded: {error}") from error
-        found.append(Placement(leaf.path, leaf.shape, shard_shape, leaf.parts))
-    return found
