@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from distillspec_jax import zoo
 from distillspec_jax.data.vocabulary import load_vocabulary
 from distillspec_jax.decoding.state import ACCEPTED, BONUS, CORRECTED
 from distillspec_jax.errors import UserError
-from experiments import decode
+from experiments import decode, door
 from experiments.decoder import STYLES, Answer, DecodeConfig, coloured, given_prompts
 
 PROMPTS = ("Tom has 3 apples .", "Anna has 7 pens and buys 2 more .", "Ben has 4 pears .")
@@ -39,12 +40,10 @@ def run(enter, models, tmp_path):
             f"def get_config():\n    return ConfigDict({values!r})\n"
         )
         folder = tmp_path / workdir
-        run.folders.append(folder)
         main = decode.main_with_flags
         out = enter(main, DecodeConfig, f"--config={path}", f"--workdir={folder}", *flags)
         return *out, folder
 
-    run.folders = []
     return run
 
 
@@ -388,9 +387,9 @@ def test_texts_are_on_the_disk_before_they_are_shown(run, monkeypatch):
         raise BrokenPipeError
 
     monkeypatch.setattr(decode, "_show", closed)
-    with pytest.raises(BrokenPipeError):
-        run(*(f"--prompt={prompt}" for prompt in PROMPTS))
-    [folder] = run.folders
+    monkeypatch.setattr(os, "dup2", lambda *_: None)  # this process talks on
+    code, _, _, folder = run(*(f"--prompt={prompt}" for prompt in PROMPTS))
+    assert code == door.UNREAD
     assert [row["prompt"] for row in outputs(folder)] == list(PROMPTS)
     assert summary(folder)["num_prompts"] == 3
 

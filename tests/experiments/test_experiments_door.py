@@ -353,7 +353,8 @@ def test_a_real_process_leaves_with_code_2(tmp_path):
 
 
 INTERRUPTED = """
-import gc, sys, time
+import gc, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
 from distillspec_jax.training.optimizers import OptimizerConfig
 from experiments import door
 from experiments.decoder import DecodeConfig

@@ -92,6 +92,14 @@ Checkpoints._file = saying(Checkpoints._file)
 """
 
 
+# a shell's `&`, under which the tests may run, ignores Ctrl-C
+FOREGROUND = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
 @pytest.fixture
 def start(environment, config_file, tmp_path):
     """Starts `distill` on so many hosts of so many devices each."""
@@ -107,7 +115,7 @@ def start(environment, config_file, tmp_path):
             command = [sys.executable, "-m", "experiments.distill", *arguments]
         started.append(
             subprocess.Popen(
-                command,
+                [sys.executable, "-c", FOREGROUND, *command],
                 cwd=ROOT,
                 env=environment(devices, **more),
                 stdout=subprocess.PIPE,
