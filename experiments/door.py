@@ -247,10 +247,7 @@ def _parse_flags(argv: Sequence[str], config_class: type) -> list[str]:
             raise UserError("--config=FILE.py is missing; see --help")
         argv = [argv[0], "--config=", *argv[1:]]  # absl knows no --config.KEY without
     flags.FLAGS["config"].parser = _ConfigParser(config_class, is_given=bool(files))
-    try:
-        rest = _parsed(argv)
-    except flags.Error as error:
-        raise flag_refused(str(error), config_class) from error
+    rest = _parsed(argv, config_class)
     _check_memory()
     if not _WORKDIR.value and not _PLAN.value:
         raise UserError("--workdir=FOLDER is missing; see --help")
@@ -271,10 +268,7 @@ def _parse_own_flags(argv: Sequence[str], has_workdir: bool) -> list[str]:
     for name in ("config", *(() if has_workdir else ("workdir",))):
         if name in given:
             raise UserError(f"this entrypoint takes no --{name}; see --help for its own flags")
-    try:
-        rest = _parsed(argv)
-    except flags.Error as error:
-        raise flag_refused(str(error)) from error
+    rest = _parsed(argv)
     _check_memory()
     return rest
 
@@ -294,7 +288,7 @@ def _check_memory() -> None:
         raise UserError(f"--device_memory_gib is {_MEMORY.value}, must be a finite number above 0")
 
 
-def _parsed(argv: Sequence[str]) -> list[str]:
+def _parsed(argv: Sequence[str], config_class: type | None = None) -> list[str]:
     """absl's parser; a shell leaves the ~ of --flag=~/folder as it is, and no prompt is a path."""
     home = os.path.expanduser("~")
     path = re.compile(r"(--?(?!prompt=|config\.prompt=)[\w.]+=)~(?=/|$)")
@@ -303,7 +297,7 @@ def _parsed(argv: Sequence[str]) -> list[str]:
     except flags.Error as error:
         if isinstance(error.__context__, UserError):  # absl wraps what a parser raises
             raise error.__context__ from None
-        raise
+        raise flag_refused(str(error), config_class) from error
 
 
 class _ConfigParser(flags.ArgumentParser):

@@ -28,6 +28,7 @@ TAU, ALPHA = "block_efficiency", "acceptance_rate"  # of a temperature, as block
 MEAN = "block_efficiency_mean"  # over the temperatures: what the best draft is chosen by
 
 Place = Callable[[Batch], Batch]
+Watch = Callable[[Any], dict[str, Any]]  # params -> figures
 
 
 def told_of_ends(rate: float, texts: str, mend: str) -> str:
@@ -35,9 +36,6 @@ def told_of_ends(rate: float, texts: str, mend: str) -> str:
     if not rate < LOW_EOS_RATE:  # NaN, where none was written, is not low
         return ""
     return f"warning: only {rate:.0%} of {texts} ended by themselves; raise {mend}"
-
-
-Watch = Callable[[Any], dict[str, Any]]  # params -> figures
 
 
 def make_quality(

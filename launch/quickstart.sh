@@ -3,7 +3,7 @@
 #
 #   bash launch/quickstart.sh [--fast] [--seeds N] [--from-scratch] [--python 3.11|3.12]
 #
-#   --fast          small and rough, at most two minutes, in runs/quickstart-fast
+#   --fast          small and rough, in runs/quickstart-fast: two minutes on two quiet cores
 #   --seeds N       N drafts of each kind, for a claim with intervals over seeds
 #   --from-scratch  also trains the target and the draft to begin with (well over an hour)
 #   --python V      in an environment of that version's own

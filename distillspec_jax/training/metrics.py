@@ -172,17 +172,19 @@ def drop_records_after(
         return []
     evaluated_step = step if evaluated_step is None else evaluated_step
     lines = path.read_text("utf-8", errors="replace").splitlines()
-    kept = [line for line in lines if _is_record_until(line, step, evaluated_step)]
-    write_text(path, "".join(line + "\n" for line in kept))
-    return [json.loads(line) for line in kept]
+    read = ((line, _record_until(line, step, evaluated_step)) for line in lines)
+    kept = [(line, record) for line, record in read if record is not None]
+    write_text(path, "".join(line + "\n" for line, _ in kept))
+    return [record for _, record in kept]
 
 
-def _is_record_until(line: str, step: int, evaluated_step: int) -> bool:
+def _record_until(line: str, step: int, evaluated_step: int) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
-        return record["step"] <= (evaluated_step if record["kind"] == "eval" else step)
+        record: dict[str, Any] = json.loads(line)
+        is_kept = record["step"] <= (evaluated_step if record["kind"] == "eval" else step)
     except (ValueError, KeyError, TypeError, RecursionError):  # no record that we wrote
-        return False
+        return None
+    return record if is_kept else None
 
 
 def finite(value: Any) -> Any:

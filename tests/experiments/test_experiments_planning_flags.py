@@ -3,11 +3,13 @@
 import functools
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from absl import flags
 
 from distillspec_jax import zoo
+from distillspec_jax.errors import UserError
 from experiments import convert, distill, door, faults, planning, planning_decoding
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,3 +152,13 @@ def test_memory_of_a_device_without_a_plan_is_refused(leave, tmp_path):
         2,
         "error: --device_memory_gib belongs to --plan; give both, or neither\n",
     )
+
+
+def test_faults_compares_runs_of_one_length(tmp_path, monkeypatch):
+    monkeypatch.setattr(faults, "_start", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(faults, "_STEPS", SimpleNamespace(value=200))
+    (tmp_path / "summary.json").write_text('{"steps": 200}')
+    faults._run(tmp_path, log=tmp_path / "log")
+    (tmp_path / "summary.json").write_text('{"steps": 1000}')
+    with pytest.raises(UserError, match="has 1000 steps, and --steps is 200; give --steps=1000"):
+        faults._run(tmp_path, log=tmp_path / "log")
